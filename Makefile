@@ -1,0 +1,43 @@
+# Every target sets up what it needs in .venv; nothing has to be installed by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+PORT ?=
+EVENTS ?=
+DATA ?=
+JSON ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-cuda check lint types proto clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/.installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed  ## the whole loop on a simulated audience; DATA=ratings.csv EVENTS=n JSON=1
+	$(BIN)/recsys demo $(if $(DATA),--data '$(DATA)') $(if $(EVENTS),--events $(EVENTS)) $(if $(JSON),--json)
+
+test: .venv/.installed  ## every test
+	$(BIN)/python -m pytest
+
+test-cuda: .venv/.installed  ## the learner's and scorer's tests on a GPU
+	RECSYS_TEST_CUDA=1 $(BIN)/python -m pytest -m cuda
+
+lint: .venv/.installed  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed  ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test  ## what CI runs
+
+proto: .venv/.installed  ## regenerate the stubs from proto/
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. $$(find proto -name '*.proto' | sort)
+	rm -f recsys/store/v1/*_pb2_grpc.py
+
+clean:  ## remove the environment and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,271 @@
+"""Every setting, with its default, unit and reason; from flags over RECSYS_* environment over a TOML file.
+
+The only module that reads the environment. An unknown setting is refused wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from recsys.errors import SettingsError
+
+ENVIRONMENT_PREFIX = "RECSYS_"
+# Read by other parts than this model: the settings file's path, and the switch of the CUDA tests.
+OTHER_VARIABLES = {"RECSYS_CONFIG", "RECSYS_TEST_CUDA"}
+
+
+class FeedbackClass(BaseModel):
+    """Say what one class of feedback means to learning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=64)
+    positive: bool = Field(description="a target of the softmax over items")
+    history: bool = Field(description="enters the user's history, and the item then counts as seen")
+    worth: float = Field(
+        ge=0, allow_inf_nan=False, description="what one such feedback is worth; orders recommendations"
+    )
+
+
+# What the learned weights depend on: two trainers that agree on these and on the log learn the same bits.
+LEARNING_SETTINGS = {
+    *("classes", "dimension", "history_length", "blocks", "heads", "successors", "context_buckets"),
+    *("seed", "batch_size", "replay_size", "replay_capacity", "negatives", "learning_rate", "row_learning_rate"),
+    *("weight_decay", "dropout", "gradient_clip", "batches_per_version", "torch_threads"),
+}
+
+
+def _class(name: str, worth: float, *, positive: bool = True) -> FeedbackClass:
+    return FeedbackClass(name=name, positive=positive, history=positive, worth=worth)
+
+
+CLASS_PRESETS: dict[str, tuple[FeedbackClass, ...]] = {
+    "shop": (
+        _class("impression", 0.0, positive=False),
+        _class("click", 1.0),
+        _class("like", 2.0),
+        _class("purchase", 5.0),
+    ),
+    "clicks": (_class("impression", 0.0, positive=False), _class("click", 1.0)),
+    "ratings": tuple(_class(f"{half / 2:.1f}", half / 2) for half in range(1, 11)),
+}
+
+
+def _expand_classes(value: Any) -> Any:
+    if isinstance(value, str):
+        if value in CLASS_PRESETS:
+            return CLASS_PRESETS[value]
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError(f"neither a preset ({', '.join(CLASS_PRESETS)}) nor JSON: {value!r}") from None
+    return value
+
+
+Classes = Annotated[tuple[FeedbackClass, ...], BeforeValidator(_expand_classes), Field(min_length=1, max_length=100)]
+
+
+class Settings(BaseModel):
+    """Hold every setting; immutable, validated on construction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Where things are
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="the store: redis://, rediss:// or unix://")
+    key_prefix: str = Field(
+        "recsys", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="first part of every key in the store"
+    )
+    data_dir: Path = Field(Path("data"), description="where `up` and `demo` keep the embedded store's files")
+    host: str = Field("127.0.0.1", description="address that the server and the metrics listen on")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    metrics_port: int = Field(
+        9464, ge=0, le=65535, description="HTTP port of the server's /metrics; 0 takes a free one"
+    )
+    trainer_metrics_port: int = Field(
+        9465, ge=0, le=65535, description="HTTP port of the trainer's /metrics; 0 takes a free one"
+    )
+    reflection: bool = Field(True, description="serve gRPC reflection, for grpcurl and the like")
+
+    # What feedback means
+    classes: Classes = Field(
+        CLASS_PRESETS["shop"],
+        description="feedback classes: a preset (shop, clicks, ratings), or a list of name, positive, history, worth",
+    )
+
+    # Limits of requests
+    max_id_bytes: int = Field(
+        256, ge=1, le=4096, description="longest user, item, feedback or recommendation id, in bytes"
+    )
+    max_feedback_batch: int = Field(1000, ge=1, le=100_000, description="feedback in one LogFeedback")
+    max_recommend_count: int = Field(1000, ge=1, le=10_000, description="items in one Recommend")
+    max_candidates: int = Field(
+        1000, ge=1, le=100_000, description="candidates in one Score; items in one catalogue call"
+    )
+    max_excluded: int = Field(10_000, ge=0, le=1_000_000, description="exclude_item_ids in one Recommend")
+    max_context: int = Field(20, ge=0, le=1000, description="context pairs in one request")
+    max_categories: int = Field(100, ge=1, le=10_000, description="categories of an item, and in each part of a filter")
+    max_title_bytes: int = Field(1024, ge=1, le=65_536, description="longest item title, in bytes")
+    max_message_bytes: int = Field(4 << 20, ge=1 << 16, le=1 << 30, description="largest gRPC message received")
+    max_future_seconds: float = Field(
+        300.0, ge=0, description="how far a feedback's time may lie ahead of the server's clock"
+    )
+
+    # The store
+    store_timeout_seconds: float = Field(2.0, gt=0, le=60, description="longest wait for one answer of the store")
+    history_limit: int = Field(
+        2000,
+        ge=1,
+        le=100_000,
+        description="entries kept per user; older ones fall off and their items may come back",
+    )
+    deduplication_seconds: int = Field(86_400, ge=1, description="how long a feedback_id is remembered")
+    log_max_bytes: int = Field(
+        1 << 30,
+        ge=1 << 16,
+        description="feedback log's bound; past it feedback is refused, nothing is dropped",
+    )
+    snapshots_retained: int = Field(
+        3, ge=1, le=100, description="full copies of the weights kept; deltas behind the oldest are trimmed"
+    )
+    snapshot_every_bytes: int = Field(
+        64 << 20, ge=1 << 16, description="write a snapshot when this many bytes of deltas follow the last"
+    )
+
+    # The network
+    dimension: int = Field(64, ge=4, le=1024, description="length of an item row and of the user state")
+    history_length: int = Field(
+        50,
+        ge=1,
+        le=1000,
+        description="most recent history entries that the network sees and a log record holds",
+    )
+    blocks: int = Field(1, ge=1, le=16, description="transformer blocks")
+    heads: int = Field(2, ge=1, le=64, description="attention heads; divides dimension")
+    successors: int = Field(64, ge=1, le=1024, description="items remembered as following an item (transition memory)")
+    context_buckets: int = Field(1024, ge=1, le=1 << 20, description="rows that context pairs are hashed into")
+
+    # Learning
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="where the trainer learns and the server scores; auto takes CUDA where there is one",
+    )
+    torch_threads: int = Field(
+        1, ge=1, le=256, description="torch threads per process; bitwise repeatability holds for one value"
+    )
+    seed: int = Field(1, ge=0, lt=1 << 31, description="of initial weights, replay and negatives")
+    batch_size: int = Field(64, ge=1, le=65_536, description="new feedback per learning step")
+    replay_size: int = Field(192, ge=0, le=65_536, description="earlier feedback replayed in each step")
+    replay_capacity: int = Field(
+        100_000, ge=1, description="most recent feedback that replay draws from; the log keeps at least these"
+    )
+    negatives: int = Field(512, ge=1, le=65_536, description="sampled negatives per step, shared by the batch")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="AdamW, dense part")
+    row_learning_rate: float = Field(0.05, gt=0, le=10, description="row-wise Adagrad, item rows")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW, dense part")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the transformer's input and residuals while learning")
+    gradient_clip: float = Field(5.0, gt=0, description="largest norm of the dense gradient")
+    batches_per_version: int = Field(4, ge=1, le=10_000, description="steps in a version when feedback is plentiful")
+    publish_seconds: float = Field(
+        0.25, gt=0, le=3600, description="a version is closed when its first feedback is this old"
+    )
+
+    # Serving
+    max_score_batch: int = Field(32, ge=1, le=4096, description="requests scored together")
+    queue_limit: int = Field(
+        1024, ge=1, le=1_000_000, description="requests waiting; more are refused with RESOURCE_EXHAUSTED"
+    )
+    drain_seconds: float = Field(5.0, ge=0, le=600, description="how long a stopping server finishes calls in flight")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        names = [c.name for c in self.classes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"classes: names repeat: {names}")
+        if not any(c.positive for c in self.classes):
+            raise ValueError("classes: at least one must be positive")
+        if self.dimension % self.heads:
+            raise ValueError(f"heads: {self.heads} does not divide dimension {self.dimension}")
+        if self.history_length > self.history_limit:
+            raise ValueError(f"history_length: {self.history_length} is above history_limit {self.history_limit}")
+        return self
+
+    @property
+    def class_index(self) -> dict[str, int]:
+        """Map a class name to its index in `classes`."""
+        return {c.name: i for i, c in enumerate(self.classes)}
+
+    def learning_digest(self) -> str:
+        """Hash the settings that the learned weights depend on, hexadecimal."""
+        text = json.dumps(self.model_dump(mode="json", include=LEARNING_SETTINGS), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def load(
+    flags: dict[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> Settings:
+    """Merge flags over RECSYS_* variables over a TOML file over the defaults.
+
+    `file` defaults to the path in RECSYS_CONFIG, if set. Flags that are None count as absent.
+
+    Raises:
+        SettingsError: naming each setting that is unknown or out of range, and where it came from.
+    """
+    environment = dict(os.environ) if environment is None else environment
+    path = file or (Path(environment["RECSYS_CONFIG"]) if environment.get("RECSYS_CONFIG") else None)
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, found in (
+        (f"file {path}", _from_file(path)),
+        ("environment", _from_environment(environment)),
+        ("flag", {k: v for k, v in (flags or {}).items() if v is not None}),
+    ):
+        values.update(found)
+        origin.update(dict.fromkeys(found, source))
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, origin)) from None
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"settings file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error}") from None
+
+
+def _from_environment(environment: dict[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in OTHER_VARIABLES
+    }
+
+
+def _explain(error: ValidationError, origin: dict[str, str]) -> str:
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        source = origin.get(str(problem["loc"][0])) if problem["loc"] else None
+        where = f" (from {source})" if source else ""
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {name!r}{where}; `recsys config` lists them all")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            given = f", got {problem['input']!r}" if problem["loc"] and not isinstance(problem["input"], dict) else ""
+            lines.append(f"{name + where + ': ' if name else ''}{text}{given}")
+    return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""Records as they stand in the store."""

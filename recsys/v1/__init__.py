@@ -1,0 +1,1 @@
+"""Generated from proto/recsys/v1: the public API."""

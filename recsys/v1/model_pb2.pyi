@@ -1,0 +1,89 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_TIME_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_TIME_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_LEARNED_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_FIELD_NUMBER: _ClassVar[int]
+    LOG_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOG_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_CLASSES_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    committed_time: _timestamp_pb2.Timestamp
+    applied_time: _timestamp_pb2.Timestamp
+    items: int
+    feedback_learned: int
+    backlog: int
+    log_records: int
+    log_bytes: int
+    log_max_bytes: int
+    store_reachable: bool
+    software_version: str
+    feedback_classes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListVersionsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class Version(_message.Message):
+    __slots__ = ("version", "committed_time", "feedback_learned", "feedback_added", "bytes", "epoch", "position", "chain", "metrics", "snapshot")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_TIME_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_LEARNED_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_ADDED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    committed_time: _timestamp_pb2.Timestamp
+    feedback_learned: int
+    feedback_added: int
+    bytes: int
+    epoch: int
+    position: str
+    chain: str
+    metrics: _containers.ScalarMap[str, float]
+    snapshot: bool
+    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., bytes: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., chain: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., snapshot: _Optional[bool] = ...) -> None: ...
+
+class ListVersionsResponse(_message.Message):
+    __slots__ = ("versions", "next_page_token")
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedCompositeFieldContainer[Version]
+    next_page_token: str
+    def __init__(self, versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
