@@ -33,7 +33,7 @@ class WeightPayload(_message.Message):
     def __init__(self, dense: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., rows: _Optional[bytes] = ..., columns: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., new_item_ids: _Optional[_Iterable[str]] = ..., new_item_rows: _Optional[bytes] = ...) -> None: ...
 
 class VersionRecord(_message.Message):
-    __slots__ = ("version", "parent", "epoch", "position", "feedback_learned", "feedback_added", "committed_ms", "settings_digest", "checksum", "trainer_checksum", "chain", "chunks", "bytes", "trainer_chunks", "trainer_bytes", "metrics", "accepted_ms")
+    __slots__ = ("version", "parent", "epoch", "position", "feedback_learned", "feedback_added", "committed_ms", "settings_digest", "checksum", "trainer_checksum", "chain", "chunks", "bytes", "trainer_chunks", "trainer_bytes", "metrics", "accepted_ms", "attempt", "window_position")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,8 @@ class VersionRecord(_message.Message):
     TRAINER_BYTES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_MS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_POSITION_FIELD_NUMBER: _ClassVar[int]
     version: int
     parent: int
     epoch: int
@@ -75,4 +77,30 @@ class VersionRecord(_message.Message):
     trainer_bytes: int
     metrics: _containers.ScalarMap[str, float]
     accepted_ms: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, version: _Optional[int] = ..., parent: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., committed_ms: _Optional[int] = ..., settings_digest: _Optional[str] = ..., checksum: _Optional[bytes] = ..., trainer_checksum: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., trainer_chunks: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., accepted_ms: _Optional[_Iterable[int]] = ...) -> None: ...
+    attempt: str
+    window_position: str
+    def __init__(self, version: _Optional[int] = ..., parent: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., committed_ms: _Optional[int] = ..., settings_digest: _Optional[str] = ..., checksum: _Optional[bytes] = ..., trainer_checksum: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., trainer_chunks: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., accepted_ms: _Optional[_Iterable[int]] = ..., attempt: _Optional[str] = ..., window_position: _Optional[str] = ...) -> None: ...
+
+class SnapshotRecord(_message.Message):
+    __slots__ = ("version", "epoch", "attempt", "checksum", "trainer_checksum", "chunks", "bytes", "trainer_chunks", "trainer_bytes", "record")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    epoch: int
+    attempt: str
+    checksum: bytes
+    trainer_checksum: bytes
+    chunks: int
+    bytes: int
+    trainer_chunks: int
+    trainer_bytes: int
+    record: VersionRecord
+    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., attempt: _Optional[str] = ..., checksum: _Optional[bytes] = ..., trainer_checksum: _Optional[bytes] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., trainer_chunks: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., record: _Optional[_Union[VersionRecord, _Mapping]] = ...) -> None: ...

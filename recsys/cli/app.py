@@ -1,0 +1,84 @@
+"""The commands' tree, and how each ends: with an exit code and, if it failed, one line on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from recsys import __version__
+from recsys.cli import client_commands, run_commands
+from recsys.cli.config_command import config
+from recsys.cli.demo import demo
+from recsys.cli.evaluate_command import evaluate
+from recsys.cli.import_command import import_
+from recsys.cli.settings_flags import ConfigFile, takes_settings
+from recsys.errors import RecsysError, SettingsError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"max_content_width": 120})
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"recsys {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def recsys(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Recommend, and learn from feedback while doing so.
+
+    Start with `recsys demo`, or `recsys up` and the examples of README.md.
+    """
+    ctx.obj = config
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+for _panel, _commands in {
+    "Run": {
+        "demo": takes_settings(demo),
+        "up": takes_settings(run_commands.up),
+        "serve": takes_settings(run_commands.serve),
+        "train": takes_settings(run_commands.train),
+        "config": takes_settings(config),
+    },
+    "Ask and tell a server": {
+        "recommend": client_commands.recommend,
+        "feedback": client_commands.feedback,
+        "import": import_,
+        "status": client_commands.status,
+        "versions": client_commands.versions,
+    },
+    "Measure": {"evaluate": takes_settings(evaluate)},
+}.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_command)
+app.command("store", hidden=True)(takes_settings(run_commands.store))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command (default: that of sys.argv) and return the exit code.
+
+    0 done, 1 failed, 2 wrongly asked for (settings too), 130 interrupted.
+    """
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="recsys")
+    except RecsysError as error:
+        return _failed(str(error), 2 if isinstance(error, SettingsError) else 1)
+    except typer.TyperException as error:
+        return _failed(error.format_message(), error.exit_code)
+    return code if isinstance(code, int) else 0
+
+
+def _failed(message: str, code: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    return code

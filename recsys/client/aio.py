@@ -1,0 +1,112 @@
+"""AsyncClient: the services for programs on asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from recsys.catalog import CategoryFilter, Item
+from recsys.client import calls
+from recsys.client.calls import Call, FeedbackResult, Recommendations, Scores
+from recsys.client.channel import OPTIONS, multicallables, to_error
+from recsys.feedback import Feedback
+from recsys.v1 import model_pb2
+
+Result = TypeVar("Result")
+
+
+class AsyncClient:
+    """Call a server at `target` ("host:port") from one event loop; everything else is as in Client."""
+
+    def __init__(self, target: str, *, timeout: float = 1.0) -> None:
+        self._timeout = timeout
+        self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
+        self._methods = multicallables(self._channel)
+
+    async def recommend(
+        self,
+        user_id: str,
+        count: int = 10,
+        *,
+        exclude_item_ids: Iterable[str] = (),
+        allow_seen: bool = False,
+        filter: CategoryFilter | None = None,
+        context: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Recommendations:
+        """Rank items for one user; fewer than `count` come back when fewer pass the filters."""
+        call = calls.recommend(
+            user_id,
+            count,
+            exclude_item_ids=exclude_item_ids,
+            allow_seen=allow_seen,
+            filter=filter,
+            context=context,
+        )
+        return await self._do(call, timeout)
+
+    async def score(
+        self,
+        user_id: str,
+        item_ids: Iterable[str],
+        *,
+        context: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Scores:
+        """Score candidates for one user, in the order given."""
+        return await self._do(calls.score(user_id, item_ids, context), timeout)
+
+    async def log_feedback(self, feedback: Iterable[Feedback], *, timeout: float | None = None) -> list[FeedbackResult]:
+        """Send feedback, and return what became of each in order; as Client.log_feedback."""
+        return [result for call in calls.log_feedback(feedback) for result in await self._do(call, timeout)]
+
+    async def upsert_items(self, items: Iterable[Item], *, timeout: float | None = None) -> int:
+        """Add or replace items, all or none; return how many were written."""
+        return await self._do(calls.upsert_items(items), timeout)
+
+    async def get_items(self, item_ids: Sequence[str], *, timeout: float | None = None) -> list[Item | None]:
+        """Read items in the order asked for; None where an id is not in the catalogue."""
+        return await self._do(calls.get_items(item_ids), timeout)
+
+    async def delete_items(self, item_ids: Iterable[str], *, timeout: float | None = None) -> int:
+        """Keep items out of recommendations; return how many had been in the catalogue."""
+        return await self._do(calls.delete_items(item_ids), timeout)
+
+    async def status(self, *, timeout: float | None = None) -> model_pb2.GetStatusResponse:
+        """Tell what the server serves and how fresh it is."""
+        return await self._do(calls.status(), timeout)
+
+    async def versions(self, *, timeout: float | None = None) -> AsyncIterator[model_pb2.Version]:
+        """Go through the retained versions, newest first; `timeout` is that of each page."""
+        token = ""
+        while True:
+            page = await self._do(calls.versions(token), timeout)
+            for version in page.versions:
+                yield version
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight fail."""
+        await self._channel.close(None)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _do(self, call: Call[Result], timeout: float | None) -> Result:
+        try:
+            seconds = self._timeout if timeout is None else timeout
+            response = await self._methods[call.method](call.request, timeout=seconds)
+        except grpc.RpcError as failure:
+            raise to_error(failure) from failure
+        return call.parse(response)

@@ -1,0 +1,118 @@
+"""Client: the services for programs with threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+
+from recsys.catalog import CategoryFilter, Item
+from recsys.client import calls
+from recsys.client.calls import Call, FeedbackResult, Recommendations, Scores
+from recsys.client.channel import OPTIONS, multicallables, to_error
+from recsys.feedback import Feedback
+from recsys.v1 import model_pb2
+
+Result = TypeVar("Result")
+
+
+class Client:
+    """Call a server at `target` ("host:port"); safe to share between threads, and worth keeping: it holds a connection.
+
+    A call ends after `timeout` seconds at the latest. It is repeated within that time when the server is UNAVAILABLE.
+    Every method raises a RecsysError: the one that the server raised, or CallFailed when the call did not get that far;
+    the gRPC error is its `__cause__`.
+    """
+
+    def __init__(self, target: str, *, timeout: float = 1.0) -> None:
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(target, options=OPTIONS)
+        self._methods = multicallables(self._channel)
+
+    def recommend(
+        self,
+        user_id: str,
+        count: int = 10,
+        *,
+        exclude_item_ids: Iterable[str] = (),
+        allow_seen: bool = False,
+        filter: CategoryFilter | None = None,
+        context: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Recommendations:
+        """Rank items for one user; fewer than `count` come back when fewer pass the filters."""
+        call = calls.recommend(
+            user_id,
+            count,
+            exclude_item_ids=exclude_item_ids,
+            allow_seen=allow_seen,
+            filter=filter,
+            context=context,
+        )
+        return self._do(call, timeout)
+
+    def score(
+        self,
+        user_id: str,
+        item_ids: Iterable[str],
+        *,
+        context: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Scores:
+        """Score candidates for one user, in the order given."""
+        return self._do(calls.score(user_id, item_ids, context), timeout)
+
+    def log_feedback(self, feedback: Iterable[Feedback], *, timeout: float | None = None) -> list[FeedbackResult]:
+        """Send feedback, and return what became of each in order; `timeout` is that of each call of up to 1,000.
+
+        Nothing is counted twice within this call: feedback without an id gets one. When an error is raised part of the
+        list may have been accepted; give ids yourself to send the whole list again.
+        """
+        return [result for call in calls.log_feedback(feedback) for result in self._do(call, timeout)]
+
+    def upsert_items(self, items: Iterable[Item], *, timeout: float | None = None) -> int:
+        """Add or replace items, all or none; return how many were written."""
+        return self._do(calls.upsert_items(items), timeout)
+
+    def get_items(self, item_ids: Sequence[str], *, timeout: float | None = None) -> list[Item | None]:
+        """Read items in the order asked for; None where an id is not in the catalogue."""
+        return self._do(calls.get_items(item_ids), timeout)
+
+    def delete_items(self, item_ids: Iterable[str], *, timeout: float | None = None) -> int:
+        """Keep items out of recommendations; return how many had been in the catalogue."""
+        return self._do(calls.delete_items(item_ids), timeout)
+
+    def status(self, *, timeout: float | None = None) -> model_pb2.GetStatusResponse:
+        """Tell what the server serves and how fresh it is."""
+        return self._do(calls.status(), timeout)
+
+    def versions(self, *, timeout: float | None = None) -> Iterator[model_pb2.Version]:
+        """Go through the retained versions, newest first; `timeout` is that of each page."""
+        token = ""
+        while True:
+            page = self._do(calls.versions(token), timeout)
+            yield from page.versions
+            token = page.next_page_token
+            if not token:
+                return
+
+    def close(self) -> None:
+        """Close the connection; calls in flight fail."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _do(self, call: Call[Result], timeout: float | None) -> Result:
+        try:
+            response = self._methods[call.method](call.request, timeout=self._timeout if timeout is None else timeout)
+        except grpc.RpcError as failure:
+            raise to_error(failure) from failure
+        return call.parse(response)

@@ -1,0 +1,272 @@
+"""FeedbackLog: accepted feedback in order, each with the history it was given in.
+
+Nothing is lost and nothing is counted twice: a batch is appended, remembered and entered into histories by one
+atomic script, and the log refuses feedback at its bound instead of dropping any.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import redis
+
+from recsys.errors import StoreFull
+from recsys.feedback import Feedback, parse_record, to_entry, to_record
+from recsys.histories import history_key, log_key
+from recsys.settings import Settings
+from recsys.store.connection import store_errors
+from recsys.store.v1.log_pb2 import FeedbackRecord
+
+BEGINNING = "0-0"
+
+# Entries per page of read_before, and per script call of trim: at 2 KB an entry, about a millisecond of the store.
+PAGE = 256
+
+# KEYS: records, stats; then for each feedback its user's history and, if it has an id, what remembers that id.
+# ARGV: entries in a record, entries in a history, seconds an id is remembered, the log's bound in bytes; then for
+# each feedback its record, its history entry ('' if its class leaves none), and '1' if it has an id.
+# Returns a position for each feedback ('' for a duplicate), or, when the log is full, the bytes in use.
+# The first write is one that a store out of memory refuses, so such a store refuses the whole batch.
+APPEND = """
+local stats = redis.call('HMGET', KEYS[2], 'bytes', 'trimmed_bytes')
+local used = (tonumber(stats[1]) or 0) - (tonumber(stats[2]) or 0)
+if used >= tonumber(ARGV[4]) then
+  return used
+end
+local positions, appended, bytes, key = {}, 0, 0, 3
+for i = 5, #ARGV, 3 do
+  local history, fresh = KEYS[key], true
+  key = key + 1
+  if ARGV[i + 2] == '1' then
+    fresh = redis.call('SET', KEYS[key], '', 'NX', 'EX', ARGV[3])
+    key = key + 1
+  end
+  if fresh then
+    local entries = redis.call('LRANGE', history, '-' .. ARGV[1], -1)
+    local record = ARGV[i] .. table.concat(entries)
+    positions[#positions + 1] = redis.call('XADD', KEYS[1], '*', 'r', record)
+    appended = appended + 1
+    bytes = bytes + #record
+    if ARGV[i + 1] ~= '' and redis.call('RPUSH', history, ARGV[i + 1]) > tonumber(ARGV[2]) then
+      redis.call('LTRIM', history, '-' .. ARGV[2], -1)
+    end
+  else
+    positions[#positions + 1] = ''
+  end
+end
+redis.call('HINCRBY', KEYS[2], 'appended', appended)
+redis.call('HINCRBY', KEYS[2], 'bytes', bytes)
+return positions
+"""
+
+# KEYS: records, stats. ARGV: the first position to keep, the most entries to remove.
+# Returns how many entries were removed. XTRIM comes first: a store out of memory allows it, and what follows it.
+TRIM = """
+local limit = tonumber(ARGV[2])
+local entries = redis.call('XRANGE', KEYS[1], '-', '(' .. ARGV[1], 'COUNT', limit + 1)
+local keep = entries[limit + 1] and entries[limit + 1][1] or ARGV[1]
+local records, bytes = 0, 0
+for i = 1, math.min(#entries, limit) do
+  local fields = entries[i][2]
+  if fields[1] == 'r' then
+    records = records + 1
+    bytes = bytes + #fields[2]
+  end
+end
+local removed = redis.call('XTRIM', KEYS[1], 'MINID', '=', keep)
+if records > 0 then
+  redis.call('HINCRBY', KEYS[2], 'trimmed', records)
+  redis.call('HINCRBY', KEYS[2], 'trimmed_bytes', bytes)
+end
+return removed
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Tell where a feedback stands in the log; a duplicate has no position of its own: ""."""
+
+    position: str
+    duplicate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """Hold one entry: a feedback's record, a tick, or, with neither, something malformed that a reader counts."""
+
+    position: str
+    accepted_ms: int
+    record: FeedbackRecord | None
+    tick: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LogUsage:
+    """Tell how much feedback the log holds; positions of its first and last entry, "0-0" where there is none."""
+
+    records: int
+    # Of the records as written; what the store needs beside them is not counted.
+    bytes: int
+    max_bytes: int
+    first_position: str
+    # Stays when everything is trimmed.
+    last_position: str
+
+
+def position_key(position: str) -> tuple[int, int]:
+    """Give what orders positions; as strings they do not compare."""
+    milliseconds, _, sequence = position.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+class FeedbackLog:
+    """Append feedback and read it back in order from any position ("0-0" is the beginning)."""
+
+    def __init__(self, client: redis.Redis, settings: Settings) -> None:
+        self._client = client
+        self._settings = settings
+        self._records = log_key(settings, "records")
+        self._stats = log_key(settings, "stats")
+        self._append = client.register_script(APPEND)
+        self._trim = client.register_script(TRIM)
+        self._history_classes = frozenset(c.name for c in settings.classes if c.history)
+
+    def append(self, batch: Sequence[Feedback], now_ms: int | None = None) -> list[Appended]:
+        """Append a validated batch in its order, in one round trip; feedback without a time gets `now_ms`.
+
+        A feedback_id seen within `deduplication_seconds`, in this batch or before, is a duplicate: it changes
+        nothing. When StoreUnavailable is raised the batch may have been appended all the same, as a whole;
+        repeating it is safe for feedback with an id.
+
+        Raises:
+            StoreFull: the log is at its bound or the store out of memory; nothing of the batch was written.
+        """
+        if not batch:
+            return []
+        now_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+        settings = self._settings
+        keys: list[str | bytes] = [self._records, self._stats]
+        arguments: list[bytes | int] = [
+            settings.history_length,
+            settings.history_limit,
+            settings.deduplication_seconds,
+            settings.log_max_bytes,
+        ]
+        for feedback in batch:
+            timed = feedback if feedback.time_ms else replace(feedback, time_ms=now_ms)
+            keys.append(history_key(settings, timed.user_id))
+            if timed.feedback_id:
+                keys.append(self._id_key(timed.feedback_id))
+            arguments += (
+                to_record(timed).SerializeToString(),
+                to_entry(timed) if timed.feedback_class in self._history_classes else b"",
+                b"1" if timed.feedback_id else b"0",
+            )
+        with store_errors():
+            reply: int | list[bytes] = self._append(keys, arguments)
+        if isinstance(reply, int):
+            raise StoreFull(
+                f"the feedback log holds {reply} bytes and its bound is {settings.log_max_bytes} (log_max_bytes); "
+                "let the trainer catch up so that learned feedback is trimmed, or raise log_max_bytes"
+            )
+        return [Appended(position.decode(), duplicate=not position) for position in reply]
+
+    def tick(self) -> str:
+        """Append the mark "close the current version here" and return its position.
+
+        Batches are a pure function of the log, so a trainer that will not wait any longer has to say so in it.
+        """
+        with store_errors():
+            position: Any = self._client.xadd(self._records, {"t": ""})
+        return str(position.decode())
+
+    def read_after(self, position: str, count: int, wait_seconds: float = 0) -> list[LogEntry]:
+        """Read up to `count` entries after a position; wait up to `wait_seconds` for the first when there is none.
+
+        A single blocking call stays at half of `store_timeout_seconds`, so that silence in the log is never taken
+        for silence of the store; longer waits are made of several.
+        """
+        deadline = time.monotonic() + wait_seconds
+        longest = self._settings.store_timeout_seconds / 2
+        while True:
+            left = deadline - time.monotonic()
+            # BLOCK 0 would wait for ever.
+            block = max(1, int(min(left, longest) * 1000)) if left > 0 else None
+            with store_errors():
+                reply: Any = self._client.xread({self._records: position}, count=count, block=block)
+            if reply or block is None:
+                return [_entry(*raw) for _, raws in reply or () for raw in raws]
+
+    def read_before(self, position: str, count: int) -> list[LogEntry]:
+        """Read the last `count` feedback entries at or before a position, oldest first; others are left out."""
+        found: list[LogEntry] = []
+        end = position
+        while len(found) < count:
+            with store_errors():
+                page: Any = self._client.xrevrange(self._records, max=end, min="-", count=PAGE)
+            found += (entry for entry in (_entry(*raw) for raw in page) if entry.record is not None)
+            if len(page) < PAGE:
+                break
+            end = f"({page[-1][0].decode()}"
+        return found[:count][::-1]
+
+    def appended(self) -> int:
+        """Count the feedback ever appended; trimming does not lower it."""
+        with store_errors():
+            value: Any = self._client.hget(self._stats, "appended")
+        return int(value or 0)
+
+    def usage(self) -> LogUsage:
+        """Measure the log, exactly."""
+        with store_errors():
+            values: Any = self._client.hmget(self._stats, ["appended", "trimmed", "bytes", "trimmed_bytes"])
+        appended, trimmed, written, trimmed_bytes = (int(value or 0) for value in values)
+        first, last = self._ends()
+        return LogUsage(appended - trimmed, written - trimmed_bytes, self._settings.log_max_bytes, first, last)
+
+    def last_position(self) -> str:
+        """Return the position of the newest entry, trimmed or not; "0-0" when there never was one."""
+        return self._ends()[1]
+
+    def trim(self, position: str) -> int:
+        """Remove every entry before a position, never that one; return how many, ticks included.
+
+        Works in slices of about a millisecond, between which the store serves others, and also out of memory.
+        """
+        if position_key(position) == (0, 0):
+            return 0
+        total = 0
+        while True:
+            with store_errors():
+                removed = int(self._trim([self._records, self._stats], [position, PAGE]))
+            total += removed
+            if removed < PAGE:
+                return total
+
+    def _ends(self) -> tuple[str, str]:
+        try:
+            with store_errors():
+                stream: Any = self._client.xinfo_stream(self._records)
+        except redis.exceptions.ResponseError as error:
+            if "no such key" not in str(error):
+                raise
+            return BEGINNING, BEGINNING
+        first = stream["first-entry"]
+        return first[0].decode() if first else BEGINNING, stream["last-generated-id"].decode()
+
+    def _id_key(self, feedback_id: str) -> bytes:
+        return log_key(self._settings, "id:").encode() + blake2b(feedback_id.encode(), digest_size=16).digest()
+
+
+def _entry(position: bytes, fields: Mapping[bytes, bytes]) -> LogEntry:
+    data = fields.get(b"r")
+    return LogEntry(
+        position=position.decode(),
+        accepted_ms=int(position.partition(b"-")[0]),
+        record=None if data is None else parse_record(data),
+        tick=data is None and b"t" in fields,
+    )

@@ -1,0 +1,122 @@
+"""Follower: load the weights and keep the scorer and the catalogue's copy up to date, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from recsys.catalog import CatalogMirror
+from recsys.errors import CorruptWeights, StoreUnavailable
+from recsys.metrics import ServerMetrics
+from recsys.scorer import Scorer
+from recsys.settings import Settings
+from recsys.store.connection import connect
+from recsys.weights import VersionRecord, WeightStore
+
+# How long one wait for a new version lasts; changes of the catalogue are looked for in between.
+WAIT_SECONDS = 0.5
+# Between attempts while the store is away, has no weights yet, or holds damaged ones.
+RETRY_SECONDS = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class Follower:
+    """Follow the store's versions; `ready` is set once the first weights are loaded and warm.
+
+    While the store is away the scorer keeps what it holds.
+    """
+
+    def __init__(self, settings: Settings, scorer: Scorer, mirror: CatalogMirror, metrics: ServerMetrics) -> None:
+        self.ready = threading.Event()
+        self._client = connect(settings)
+        self._store = WeightStore(self._client, settings)
+        self._scorer, self._mirror, self._metrics = scorer, mirror, metrics
+        self._chain: bytes | None = None
+        self._reason = "start"
+        self._awaiting_answer: list[tuple[int, list[int]]] = []
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+        scorer.on_first_answer = self._answered
+
+    def start(self) -> None:
+        """Begin to load and follow."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and wait for it."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._client.close()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                if not self.step(WAIT_SECONDS):
+                    self._stopping.wait(RETRY_SECONDS)
+                self._metrics.store_reachable(True)
+            except StoreUnavailable as error:
+                self._metrics.store_reachable(False)
+                _log.warning("serving the weights that are held: %s", error)
+                self._stopping.wait(RETRY_SECONDS)
+            except CorruptWeights as error:
+                self._reason, self._chain = "corrupt", None
+                _log.error("loading the weights anew: %s", error)
+                self._stopping.wait(RETRY_SECONDS)
+
+    def step(self, wait_seconds: float) -> bool:
+        """Load the newest snapshot if no weights are held, else apply what followed; False when there are none yet.
+
+        Raises:
+            StoreUnavailable: when the store does not answer.
+            CorruptWeights: when what follows is not whole or does not continue the version held.
+        """
+        self._mirror.refresh()
+        if self._chain is None and not self._load():
+            return False
+        for delta in self._store.read_after(self._scorer.version, wait_seconds, chain=self._chain):
+            self._scorer.apply(delta.record, delta.payload, _now_ms())
+            self._applied(delta.record)
+        if not self.ready.is_set():
+            self._scorer.warm_up()
+            self.ready.set()
+        return True
+
+    def _load(self) -> bool:
+        snapshot = self._store.load_snapshot()
+        first = None if snapshot else next(iter(self._store.read_after(0, count=1)), None)
+        found = snapshot or first
+        if found is None:
+            return False
+        self._scorer.load(found.record, found.payload, _now_ms())
+        self._metrics.weights_reloaded(self._reason)
+        self._chain = found.record.chain
+        status = self._scorer.status
+        self._metrics.version_applied(
+            status.version, status.committed_ms / 1000, status.applied_ms / 1000, status.items
+        )
+        return True
+
+    def _applied(self, record: VersionRecord) -> None:
+        self._chain = record.chain
+        status = self._scorer.status
+        applied_ms = status.applied_ms
+        self._metrics.version_applied(record.version, record.committed_ms / 1000, applied_ms / 1000, status.items)
+        accepted_ms = list(record.accepted_ms)
+        committed = [max(0, applied_ms - record.committed_ms) / 1000] * len(accepted_ms)
+        self._metrics.freshness("committed_to_applied", committed)
+        self._metrics.freshness("accepted_to_applied", [max(0, applied_ms - each) / 1000 for each in accepted_ms])
+        self._awaiting_answer.append((record.version, accepted_ms))
+
+    def _answered(self, version: int) -> None:
+        """Observe the feedback whose first answer this was; called from the scoring thread."""
+        now_ms = _now_ms()
+        while self._awaiting_answer and self._awaiting_answer[0][0] <= version:
+            _, accepted_ms = self._awaiting_answer.pop(0)
+            self._metrics.freshness("accepted_to_answered", [max(0, now_ms - each) / 1000 for each in accepted_ms])
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,57 @@
+"""Histories: what each user did lately, for the network to see and for never showing the same item again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import redis
+
+from recsys.settings import Settings
+from recsys.store.connection import store_errors
+from recsys.store.v1.log_pb2 import History, HistoryEntry
+
+
+def log_key(settings: Settings, name: str) -> str:
+    """Name a key of the feedback log; histories carry the log's hash tag, so that one script may write both."""
+    return f"{settings.key_prefix}:{{log}}:{name}"
+
+
+def history_key(settings: Settings, user_id: str) -> str:
+    """Name the list of a user's entries, oldest first; FeedbackLog.append writes it."""
+    return log_key(settings, f"history:{user_id}")
+
+
+class Histories:
+    """Read and forget what is kept of users; writing is the feedback log's part, atomic with its record.
+
+    At most `history_limit` entries are kept per user, of the classes whose settings say `history`. Past that the
+    oldest fall off for good: their items no longer count as seen and may be recommended again.
+    """
+
+    def __init__(self, client: redis.Redis, settings: Settings) -> None:
+        self._client = client
+        self._settings = settings
+
+    def read(self, user_ids: Sequence[str]) -> list[list[HistoryEntry]]:
+        """Read everything kept of each user, oldest first, in one round trip; unknown users have nothing."""
+        if not user_ids:
+            return []
+        with store_errors():
+            pipeline = self._client.pipeline(transaction=False)
+            for user_id in user_ids:
+                pipeline.lrange(history_key(self._settings, user_id), 0, -1)
+            stored: list[list[bytes]] = pipeline.execute()
+        return [list(History.FromString(b"".join(entries)).history) for entries in stored]
+
+    def forget(self, user_id: str) -> int:
+        """Delete a user's history; return how many entries it had.
+
+        Records that are already in the feedback log keep the history they were given in until they are trimmed.
+        """
+        key = history_key(self._settings, user_id)
+        with store_errors():
+            transaction = self._client.pipeline(transaction=True)
+            transaction.llen(key)
+            transaction.delete(key)
+            entries: int = transaction.execute()[0]
+        return entries

@@ -1,0 +1,223 @@
+"""RecommenderService: recommend, score and take feedback; the store and the network do the work in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from recsys.batcher import Batcher
+from recsys.catalog import CatalogMirror
+from recsys.errors import NotReady, StoreUnavailable, Violation
+from recsys.feedback import Feedback
+from recsys.feedback_log import Appended, FeedbackLog
+from recsys.histories import Histories
+from recsys.metrics import ServerMetrics
+from recsys.scorer import Answer, Query, ScoredItem, Scorer
+from recsys.service import validation
+from recsys.service.edge import Context, deadline_of
+from recsys.settings import Settings
+from recsys.store.v1.log_pb2 import HistoryEntry
+from recsys.v1 import recommender_pb2
+from recsys.v1.recommender_pb2_grpc import RecommenderServiceServicer
+
+DEFAULT_COUNT = 10
+# After a failed read the store is left alone for this many times as long as the failure took: a store that hangs
+# costs the scoring thread a sixth of its time, one that refuses connections next to nothing.
+PAUSE_PER_FAILURE = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Hold a query whose history is still to be fetched."""
+
+    user_id: str
+    query: Query
+
+
+class Scoring:
+    """Answer a batch of questions: all histories in one round trip, then one pass of the scorer.
+
+    When the store cannot be reached the questions are answered with empty histories, that is from what is trending,
+    and counted as `histories_unavailable`: a user gets a poorer answer instead of none.
+    """
+
+    def __init__(
+        self,
+        histories: Histories,
+        scorer: Scorer,
+        metrics: ServerMetrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._histories = histories
+        self._scorer = scorer
+        self._metrics = metrics
+        self._clock = clock
+        self._paused_until = float("-inf")
+
+    def __call__(self, questions: list[Question]) -> list[Answer]:
+        """Answer in the order asked."""
+        self._metrics.batch_scored(len(questions))
+        histories = self._read([question.user_id for question in questions])
+        return self._scorer.answer(
+            [replace(q.query, history=history) for q, history in zip(questions, histories, strict=True)]
+        )
+
+    def _read(self, user_ids: Sequence[str]) -> Sequence[list[HistoryEntry]]:
+        started = self._clock()
+        if started >= self._paused_until:
+            try:
+                return self._histories.read(user_ids)
+            except StoreUnavailable as error:
+                now = self._clock()
+                self._paused_until = now + PAUSE_PER_FAILURE * (now - started)
+                _log.warning("answering without histories: %s", error)
+        for _ in user_ids:
+            self._metrics.rejected("histories_unavailable")
+        return [[] for _ in user_ids]
+
+
+class Appending:
+    """Append the feedback of all calls that wait, in one round trip to the log."""
+
+    def __init__(self, log: FeedbackLog) -> None:
+        self._log = log
+
+    def __call__(self, calls: list[list[Feedback]]) -> list[list[Appended]]:
+        """Return what became of each call's feedback, in order."""
+        appended = iter(self._log.append([feedback for call in calls for feedback in call]))
+        return [[next(appended) for _ in call] for call in calls]
+
+
+class Recommender(RecommenderServiceServicer):
+    """Serve recsys.v1.RecommenderService; errors are raised as RecsysError and translated at the edge."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        scorer: Scorer,
+        mirror: CatalogMirror,
+        scoring: Batcher[Question, Answer],
+        appending: Batcher[list[Feedback], list[Appended]],
+        metrics: ServerMetrics,
+    ) -> None:
+        self._settings = settings
+        self._scorer = scorer
+        self._mirror = mirror
+        self._scoring = scoring
+        self._appending = appending
+        self._metrics = metrics
+
+    async def Recommend(
+        self, request: recommender_pb2.RecommendRequest, context: Context
+    ) -> recommender_pb2.RecommendResponse:
+        """Rank items for one user."""
+        started = time.perf_counter()
+        deadline = deadline_of(context)
+        validation.recommend_request(request, self._settings)
+        query = Query(
+            history=(),
+            count=request.count or DEFAULT_COUNT,
+            exclude=frozenset(request.exclude_item_ids),
+            allow_seen=request.allow_seen,
+            filter=validation.category_filter(request),
+            context=dict(request.context),
+        )
+        answer = await self._score(Question(request.user_id, query), deadline)
+        response = recommender_pb2.RecommendResponse(
+            recommendation_id=uuid.uuid4().hex,
+            items=[
+                recommender_pb2.RecommendedItem(
+                    item_id=item.item_id,
+                    score=item.score,
+                    source=item.source,  # type: ignore[arg-type]  # the enum's numbers are its values
+                    reason=_reason(item, self._mirror),
+                )
+                for item in answer.items
+            ],
+            version=answer.version,
+        )
+        self._metrics.recommended(Counter(item.source for item in answer.items), time.perf_counter() - started)
+        return response
+
+    async def Score(self, request: recommender_pb2.ScoreRequest, context: Context) -> recommender_pb2.ScoreResponse:
+        """Score the caller's candidates, in the caller's order."""
+        deadline = deadline_of(context)
+        validation.score_request(request, self._settings)
+        query = Query(history=(), candidates=list(request.item_ids), context=dict(request.context))
+        answer = await self._score(Question(request.user_id, query), deadline)
+        return recommender_pb2.ScoreResponse(
+            items=[
+                recommender_pb2.ScoredItem(
+                    item_id=item.item_id,
+                    score=item.score,
+                    known=item.known,
+                    class_probabilities=item.class_probabilities,
+                )
+                for item in answer.items
+            ],
+            version=answer.version,
+        )
+
+    async def LogFeedback(
+        self, request: recommender_pb2.LogFeedbackRequest, context: Context
+    ) -> recommender_pb2.LogFeedbackResponse:
+        """Accept or refuse each feedback by itself; what is accepted is in the log when this returns."""
+        deadline = deadline_of(context)
+        checked = validation.feedback_list(request.feedback, self._settings, time.time_ns() // 1_000_000)
+        accepted = [each for each in checked if isinstance(each, Feedback)]
+        appended: list[Appended] = []
+        if accepted:
+            appended = await asyncio.wrap_future(self._appending.submit(accepted, deadline))
+        self._count_feedback(checked, appended)
+        outcome = iter(appended)
+        return recommender_pb2.LogFeedbackResponse(
+            results=[
+                _refused(index, each) if isinstance(each, Violation) else _accepted(index, next(outcome))
+                for index, each in enumerate(checked)
+            ],
+            accepted=len(accepted),
+            refused=len(checked) - len(accepted),
+        )
+
+    async def _score(self, question: Question, deadline: float) -> Answer:
+        if self._scorer.version == 0:
+            raise NotReady("the first weights are not loaded yet")
+        future = self._scoring.submit(question, deadline)
+        self._metrics.queue_length(len(self._scoring))
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._metrics.queue_length(len(self._scoring))
+
+    def _count_feedback(self, checked: list[Feedback | Violation], appended: list[Appended]) -> None:
+        duplicates = sum(each.duplicate for each in appended)
+        self._metrics.feedback_accepted(len(appended) - duplicates)
+        self._metrics.feedback_duplicate(duplicates)
+        for name, count in Counter(each.field for each in checked if isinstance(each, Violation)).items():
+            self._metrics.feedback_refused(name, count)
+
+
+def _reason(item: ScoredItem, mirror: CatalogMirror) -> str:
+    if item.source == recommender_pb2.SOURCE_TRANSITION:
+        if item.because is None:
+            return "often follows what is in your history"
+        return f"often follows '{mirror.title(item.because) or item.because}' in your history"
+    if item.source == recommender_pb2.SOURCE_NETWORK:
+        return "fits what you chose recently"
+    return "chosen by many at present"
+
+
+def _accepted(index: int, appended: Appended) -> recommender_pb2.FeedbackResult:
+    return recommender_pb2.FeedbackResult(index=index, accepted=True, duplicate=appended.duplicate)
+
+
+def _refused(index: int, violation: Violation) -> recommender_pb2.FeedbackResult:
+    return recommender_pb2.FeedbackResult(index=index, field=violation.field, refusal=violation.description)

@@ -1,0 +1,96 @@
+"""Replica: the network and the item table of one version, written to payloads and read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.errors import CorruptWeights
+from recsys.item_table import ItemTable
+from recsys.network import RecommendationNetwork, build_network
+from recsys.settings import Settings
+from recsys.weights.payload import WeightPayload
+
+# The item table's clock travels among the dense tensors.
+CLOCK = "item_table.clock"
+SERVED_COLUMNS = ("vector", "trend", "touched", "total", "successor", "successor_weight")
+
+
+class Replica:
+    """Hold a network and an item table and move both between versions."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.device = device
+        self.network: RecommendationNetwork = build_network(settings).to(device)
+        self.table = ItemTable(settings.dimension, settings.successors, device, settings.seed)
+
+    def write(self, rows: Tensor, new_items: Sequence[tuple[str, int]]) -> WeightPayload:
+        """Write all dense tensors and the given rows (ascending) with the items that got one."""
+        dense = {name: to_array(tensor) for name, tensor in self.network.state_dict().items()}
+        dense[CLOCK] = np.array([self.table.clock], np.int64)
+        columns = {name: to_array(self.table.columns[name][rows]) for name in SERVED_COLUMNS}
+        return WeightPayload(dense, rows.cpu().numpy().astype(np.int32), columns, list(new_items))
+
+    def write_all(self) -> WeightPayload:
+        """Write everything."""
+        table = self.table
+        return self.write(torch.arange(table.rows, device=self.device), items_of(table))
+
+    def check(self, payload: WeightPayload) -> None:
+        """Refuse a payload that does not fit this network and table; nothing is changed.
+
+        Raises:
+            CorruptWeights: naming the first part that does not fit.
+        """
+        expected = self.network.state_dict()
+        if set(payload.dense) != {*expected, CLOCK} or payload.dense[CLOCK].shape != (1,):
+            raise CorruptWeights(f"dense tensors {sorted(set(payload.dense) ^ {*expected, CLOCK})} do not fit")
+        for name, tensor in expected.items():
+            _fits(name, payload.dense[name], tuple(tensor.shape), tensor.dtype)
+        if set(payload.columns) != set(SERVED_COLUMNS):
+            raise CorruptWeights(f"columns {sorted(set(payload.columns) ^ set(SERVED_COLUMNS))} do not fit")
+        for name in SERVED_COLUMNS:
+            column = self.table.columns[name]
+            _fits(name, payload.columns[name], (len(payload.rows), *column.shape[1:]), column.dtype)
+        if len(payload.rows) and payload.rows[-1] >= self.table.rows + len(payload.new_items):
+            raise CorruptWeights(f"row {payload.rows[-1]} is not in use")
+
+    def apply(self, payload: WeightPayload) -> None:
+        """Move to the version that the payload leads to, whole or not at all.
+
+        Raises:
+            CorruptWeights: when the payload does not fit; nothing was changed then.
+        """
+        self.check(payload)
+        tensors = {name: to_tensor(array, self.device) for name, array in payload.columns.items()}
+        try:
+            self.table.write(to_tensor(payload.rows, self.device).to(torch.int64), tensors, payload.new_items)
+        except ValueError as error:
+            raise CorruptWeights(str(error)) from None
+        dense = dict(payload.dense)
+        self.table.clock = int(dense.pop(CLOCK)[0])
+        self.network.load_state_dict({name: to_tensor(array, self.device) for name, array in dense.items()})
+
+
+def items_of(table: ItemTable, first: int = 1) -> list[tuple[str, int]]:
+    """List the items with their rows, from row `first` on."""
+    return [(table.item_ids[row], row) for row in range(first, table.rows)]
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """Copy a tensor to an array."""
+    # Synchronises with the GPU: what is published leaves it.
+    return tensor.detach().cpu().numpy().copy()
+
+
+def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array, which may be read-only, to a tensor."""
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=True)).to(device)
+
+
+def _fits(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if array.shape != shape or f"torch.{array.dtype.name}" != str(dtype):
+        raise CorruptWeights(f"{name} is {array.dtype.name}{array.shape}, not {str(dtype)[6:]}{shape}")

@@ -1,0 +1,108 @@
+"""The embedded store and the connection: what survives, who may hold a directory, and how failures are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import redis
+
+from recsys.errors import DataDirectoryInUse, SettingsError, StoreFull, StoreUnavailable
+from recsys.settings import Settings, load
+from recsys.store.connection import connect, store_errors
+from recsys.store.embedded import EmbeddedStore
+
+
+def at(url: str, **changes: object) -> Settings:
+    return load({"redis_url": url, **changes}, environment={})
+
+
+def test_data_survives_stop_and_kill_and_the_directory_has_one_holder(tmp_path: Path) -> None:
+    directory = tmp_path / "made" / "here"
+    store = EmbeddedStore(directory, appendfsync="always")
+    with store:
+        with connect(at(store.url)) as client:
+            client.set("stopped", "1")
+        with pytest.raises(DataDirectoryInUse) as refusal:
+            EmbeddedStore(directory).start()
+        assert str(directory) in str(refusal.value)
+        assert "--data-dir" in str(refusal.value)
+    with store:
+        with connect(at(store.url)) as client:
+            assert client.get("stopped") == b"1"
+            client.set("killed", "1")
+        os.kill(store.pid, signal.SIGKILL)
+    with EmbeddedStore(directory) as again, connect(at(again.url)) as client:
+        assert client.mget("stopped", "killed") == [b"1", b"1"]
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+
+
+def test_a_store_that_does_not_start_says_where_to_look_and_frees_the_directory(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable) as refusal:
+            EmbeddedStore(tmp_path, appendfsync="sometimes").start()
+        assert str(tmp_path / "valkey.log") in str(refusal.value)
+
+
+def test_a_store_that_is_not_running_has_no_address(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    with pytest.raises(StoreUnavailable):
+        _ = store.url
+    with pytest.raises(StoreUnavailable):
+        _ = store.pid
+    store.stop()
+
+
+def test_a_malformed_url_is_a_settings_error() -> None:
+    with pytest.raises(SettingsError, match="redis_url"):
+        connect(at("http://127.0.0.1:1/0"))
+
+
+def test_bytes_come_back_as_bytes(store: redis.Redis) -> None:
+    store.set("k", b"\xff\x00")
+    assert store.get("k") == b"\xff\x00"
+
+
+def test_silence_is_an_outage_told_once_without_the_password() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://:secret@127.0.0.1:{silent.getsockname()[1]}/0"
+        with connect(at(url, store_timeout_seconds=0.1)) as client:
+            with pytest.raises(StoreUnavailable, match="cannot be reached") as refusal, store_errors():
+                client.ping()
+            assert "secret" not in str(refusal.value)
+        silent.settimeout(0.1)
+        silent.accept()[0].close()
+        # Nothing was sent again: there is no second connection.
+        with pytest.raises(TimeoutError):
+            silent.accept()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("OOM command not allowed when used memory > 'maxmemory'.", StoreFull),
+        ("Error running script: @user_script:1: -OOM command not allowed when used memory > 'maxmemory'", StoreFull),
+        ("MISCONF Errors writing to the AOF file: No space left on device", StoreFull),
+        ("LOADING the dataset is in memory", StoreUnavailable),
+        ("READONLY You can't write against a read only replica.", StoreUnavailable),
+        ("CLUSTERDOWN The cluster is down", StoreUnavailable),
+        ("WRONGTYPE Operation against a key", redis.exceptions.ResponseError),
+    ],
+)
+def test_replies_of_the_store_become_our_errors(text: str, expected: type[Exception]) -> None:
+    with pytest.raises(expected), store_errors():
+        raise redis.exceptions.ResponseError(text)
+
+
+@pytest.mark.parametrize("error", [redis.exceptions.ConnectionError("gone"), redis.exceptions.TimeoutError("silence")])
+def test_a_store_that_cannot_be_reached_is_unavailable(error: Exception) -> None:
+    with pytest.raises(StoreUnavailable), store_errors():
+        raise error
+
+
+def test_errors_of_others_pass_through() -> None:
+    with pytest.raises(KeyError), store_errors():
+        raise KeyError("x")

@@ -1,0 +1,240 @@
+"""What server and trainer export: names by the conventions, closed labels, zeros from the start, exact values."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from recsys import metrics as server_metrics
+from recsys.metrics import ServerMetrics
+from recsys.stages import FRESHNESS_BUCKETS, SERVER_STAGES, TRAINER_STAGES
+from trainer.metrics import TrainerMetrics
+
+PREFIXES = ("recsys_", "grpc_server_")
+# What a gauge may count or measure without one of the suffixes _seconds, _bytes, _ratio, _info.
+PLAIN = {
+    *("recsys_served_version", "recsys_committed_version", "recsys_items", "recsys_queue_requests"),
+    *("recsys_score_batch_requests", "recsys_store_reachable", "recsys_feedback_backlog"),
+    *("recsys_feedback_log_records", "recsys_learning_loss", "recsys_prequential_log_loss", "recsys_gradient_norm"),
+}
+LABELS = {
+    *("grpc_type", "grpc_service", "grpc_method", "grpc_code", "field", "source", "reason", "stage", "part"),
+    *("window", "k", "method", "version", "python_version", "device", "device_name", "le"),
+}
+RECOMMENDER = "recsys.v1.RecommenderService"
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+def both() -> list[CollectorRegistry]:
+    server, trainer = CollectorRegistry(), CollectorRegistry()
+    ServerMetrics(server)
+    TrainerMetrics(trainer)
+    return [server, trainer]
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
+    found = registry.get_sample_value(name, labels)
+    assert found is not None, f"{name} {labels} is not exported"
+    return found
+
+
+@pytest.mark.parametrize("registry", both(), ids=["server", "trainer"])
+def test_names_follow_the_conventions(registry: CollectorRegistry) -> None:
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        name = family.name
+        assert re.fullmatch("[a-z][a-z0-9_]*", name)
+        assert name.startswith(PREFIXES), name
+        assert family.documentation.endswith("."), f"{name} has no help"
+        assert family.type in {"counter", "gauge", "histogram"}, name
+        assert not re.search(r"_(ms|milliseconds|minutes|percent|kb|mb|age|created)(_|$)", name), name
+        exported = {sample.name for sample in family.samples}
+        assert any(n.endswith("_total") for n in exported) == (family.type == "counter"), name
+        if family.type == "gauge" or (family.type == "histogram" and not name.endswith("_seconds")):
+            assert name in PLAIN or name.endswith(("_seconds", "_bytes", "_ratio", "_info")), f"{name} has no unit"
+        for sample in family.samples:
+            assert set(sample.labels) <= LABELS, sample
+
+
+@pytest.mark.parametrize("registry", both(), ids=["server", "trainer"])
+def test_known_series_are_there_from_the_start(registry: CollectorRegistry) -> None:
+    for family in registry.collect():
+        assert family.samples, f"{family.name} shows nothing before its first use"
+        for sample in family.samples:
+            unmeasured = family.name.startswith("recsys_prequential_") or family.name == "recsys_learning_loss"
+            expected = math.nan if unmeasured else 1.0 if sample.name.endswith("_info") else 0.0
+            assert sample.value == expected or (math.isnan(sample.value) and math.isnan(expected)), sample
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is absent; Debian's package `prometheus` has it")
+@pytest.mark.parametrize("registry", both(), ids=["server", "trainer"])
+def test_promtool_accepts_the_exposition(registry: CollectorRegistry) -> None:
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+def test_every_method_of_the_protocol_is_known() -> None:
+    assert set(server_metrics.METHODS) == {
+        (RECOMMENDER, "Recommend"),
+        (RECOMMENDER, "Score"),
+        (RECOMMENDER, "LogFeedback"),
+        ("recsys.v1.CatalogService", "UpsertItems"),
+        ("recsys.v1.CatalogService", "GetItems"),
+        ("recsys.v1.CatalogService", "DeleteItems"),
+        ("recsys.v1.ModelService", "GetStatus"),
+        ("recsys.v1.ModelService", "ListVersions"),
+    }
+
+
+def test_codes_are_those_of_grpc() -> None:
+    grpc = pytest.importorskip("grpc")
+    assert (
+        tuple(code.name for code in sorted(grpc.StatusCode, key=lambda code: int(code.value[0])))
+        == server_metrics.CODES
+    )
+
+
+def test_calls_are_counted_by_method_and_code(registry: CollectorRegistry) -> None:
+    metrics = ServerMetrics(registry)
+    metrics.rpc_started(RECOMMENDER, "Recommend")
+    metrics.rpc_started(RECOMMENDER, "Recommend")
+    metrics.rpc_handled(RECOMMENDER, "Recommend", "OK", 0.004)
+    metrics.rpc_handled(RECOMMENDER, "Recommend", "UNAVAILABLE", 0.2)
+    of = {"grpc_type": "unary", "grpc_service": RECOMMENDER, "grpc_method": "Recommend"}
+    assert value(registry, "grpc_server_started_total", **of) == 2
+    assert value(registry, "grpc_server_msg_received_total", **of) == 2
+    assert value(registry, "grpc_server_msg_sent_total", **of) == 1
+    assert value(registry, "grpc_server_handled_total", **of, grpc_code="OK") == 1
+    assert value(registry, "grpc_server_handled_total", **of, grpc_code="UNAVAILABLE") == 1
+    assert value(registry, "grpc_server_handling_seconds_count", **of) == 2
+    assert value(registry, "grpc_server_handling_seconds_bucket", **of, le="0.005") == 1
+
+
+def test_callers_cannot_invent_series(registry: CollectorRegistry) -> None:
+    metrics = ServerMetrics(registry)
+    before = sum(len(family.samples) for family in registry.collect())
+    for i in range(10):
+        metrics.rpc_started(f"evil.v1.Service{i}", f"Method{i}")
+        metrics.rpc_handled(f"evil.v1.Service{i}", f"Method{i}", f"CODE_{i}", 0.1)
+        metrics.feedback_refused(f"field_{i}", 1)
+        metrics.rejected(f"reason_{i}")
+        metrics.weights_reloaded(f"reason_{i}")
+        metrics.recommended({100 + i: 1}, 0.1)
+    assert sum(len(family.samples) for family in registry.collect()) == before
+    of = {"grpc_type": "unary", "grpc_service": "other", "grpc_method": "other"}
+    assert value(registry, "grpc_server_handled_total", **of, grpc_code="UNKNOWN") == 10
+    assert value(registry, "recsys_feedback_refused_total", field="other") == 10
+    assert value(registry, "recsys_items_recommended_total", source="other") == 10
+
+
+def test_server_values(registry: CollectorRegistry) -> None:
+    metrics = ServerMetrics(registry)
+    metrics.feedback_accepted(3)
+    metrics.feedback_duplicate(2)
+    metrics.feedback_refused("item_id", 4)
+    metrics.recommended({1: 6, 2: 3, 3: 1}, 0.02)
+    metrics.batch_scored(5)
+    metrics.queue_length(7)
+    metrics.rejected("overloaded")
+    metrics.version_applied(42, 1_700_000_000.25, 1_700_000_000.5, 9000)
+    metrics.weights_reloaded("gap")
+    metrics.store_reachable(True)
+    assert value(registry, "recsys_feedback_accepted_total") == 3
+    assert value(registry, "recsys_feedback_duplicate_total") == 2
+    assert value(registry, "recsys_feedback_refused_total", field="item_id") == 4
+    assert [
+        value(registry, "recsys_items_recommended_total", source=source)
+        for source in ("network", "transition", "trending")
+    ] == [6, 3, 1]
+    assert value(registry, "recsys_recommend_seconds_sum") == 0.02
+    assert value(registry, "recsys_score_batch_requests_sum") == 5
+    assert value(registry, "recsys_queue_requests") == 7
+    assert value(registry, "recsys_requests_rejected_total", reason="overloaded") == 1
+    assert value(registry, "recsys_served_version") == 42
+    assert value(registry, "recsys_served_version_committed_timestamp_seconds") == 1_700_000_000.25
+    assert value(registry, "recsys_served_version_applied_timestamp_seconds") == 1_700_000_000.5
+    assert value(registry, "recsys_items") == 9000
+    assert value(registry, "recsys_weights_reloads_total", reason="gap") == 1
+    assert value(registry, "recsys_store_reachable") == 1
+    metrics.store_reachable(False)
+    assert value(registry, "recsys_store_reachable") == 0
+
+
+def test_freshness_has_an_edge_at_the_objective_and_survives_clocks_that_differ(registry: CollectorRegistry) -> None:
+    assert {0.25, 0.5, 1.0} <= set(FRESHNESS_BUCKETS)
+    metrics = ServerMetrics(registry)
+    metrics.freshness("accepted_to_applied", [-0.003, 0.3, 1.0, 1.01])
+    of = {"stage": "accepted_to_applied"}
+    assert value(registry, "recsys_freshness_seconds_bucket", **of, le="1.0") == 3
+    assert value(registry, "recsys_freshness_seconds_count", **of) == 4
+    assert value(registry, "recsys_freshness_seconds_sum", **of) == pytest.approx(2.31)
+
+
+def test_each_stage_is_observed_in_one_process_only() -> None:
+    server, trainer = both()
+    for registry, stages in ((server, SERVER_STAGES), (trainer, TRAINER_STAGES)):
+        (family,) = [f for f in registry.collect() if f.name == "recsys_freshness_seconds"]
+        assert {sample.labels["stage"] for sample in family.samples} == set(stages)
+    assert not set(SERVER_STAGES) & set(TRAINER_STAGES)
+
+
+def test_trainer_values(registry: CollectorRegistry) -> None:
+    metrics = TrainerMetrics(registry)
+    metrics.device("cpu", "Some CPU")
+    metrics.learned(feedback=256, steps=4, seconds=0.5)
+    metrics.skipped("non_finite", 64)
+    metrics.skipped("invented", 1)
+    metrics.version_committed(7, 1000, 0.01)
+    metrics.version_committed(8, 500, 0.01)
+    metrics.backlog(12)
+    metrics.log_usage(10, 6000, 60_000)
+    metrics.loss("item", 3.5)
+    metrics.gradient_norm(0.75)
+    metrics.freshness("read_to_learned", [0.1, 0.2])
+    metrics.store_errors(2)
+    metrics.snapshot_written(1 << 20, 0.25)
+    assert value(registry, "recsys_trainer_info", version="0.1.0", device="cpu", device_name="Some CPU") == 1
+    assert value(registry, "recsys_feedback_learned_total") == 256
+    assert value(registry, "recsys_learning_steps_total") == 4
+    assert value(registry, "recsys_learn_seconds_sum") == 0.5
+    assert value(registry, "recsys_feedback_skipped_total", reason="non_finite") == 64
+    assert value(registry, "recsys_feedback_skipped_total", reason="other") == 1
+    assert value(registry, "recsys_committed_version") == 8
+    assert value(registry, "recsys_versions_committed_total") == 2
+    assert value(registry, "recsys_committed_bytes_total") == 1500
+    assert value(registry, "recsys_feedback_backlog") == 12
+    assert value(registry, "recsys_feedback_log_records") == 10
+    assert value(registry, "recsys_feedback_log_bytes") == 6000
+    assert value(registry, "recsys_feedback_log_max_bytes") == 60_000
+    assert value(registry, "recsys_learning_loss", part="item") == 3.5
+    assert value(registry, "recsys_gradient_norm") == 0.75
+    assert value(registry, "recsys_freshness_seconds_count", stage="read_to_learned") == 2
+    assert value(registry, "recsys_store_errors_total") == 2
+    assert value(registry, "recsys_snapshot_bytes") == 1 << 20
+    assert value(registry, "recsys_snapshot_seconds_count") == 1
+
+
+def test_quality_reads_the_keys_of_a_version_s_metrics(registry: CollectorRegistry) -> None:
+    metrics = TrainerMetrics(registry)
+    metrics.quality(
+        "recent",
+        {"hr_at_10": 0.2, "ndcg_at_10": 0.1, "mrr_at_50": 0.05, "popularity_hr_at_10": 0.08, "log_loss": 0.7, "n": 9},
+    )
+    of = {"window": "recent", "k": "10"}
+    assert value(registry, "recsys_prequential_hit_ratio", **of, method="recsys") == 0.2
+    assert value(registry, "recsys_prequential_hit_ratio", **of, method="popularity") == 0.08
+    assert value(registry, "recsys_prequential_ndcg_ratio", **of, method="recsys") == 0.1
+    assert value(registry, "recsys_prequential_mrr_ratio", window="recent", k="50", method="recsys") == 0.05
+    assert value(registry, "recsys_prequential_log_loss", window="recent") == 0.7
+    assert math.isnan(value(registry, "recsys_prequential_hit_ratio", window="all", k="10", method="recsys"))

@@ -1,0 +1,194 @@
+"""TrainerMetrics: what the trainer counts, times and measures, under the names that dashboards and alerts use.
+
+Every series that can be known beforehand is exported from the start: counts as 0, accuracy and loss as NaN until they
+have been measured, since 0 would be a claim.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+
+import recsys
+from recsys.stages import FRESHNESS_BUCKETS, FRESHNESS_HELP, FRESHNESS_METRIC, TRAINER_STAGES, TrainerStage
+
+OTHER = "other"
+SKIPS = ("malformed", "unknown_class", "non_finite")
+LOSSES = ("total", "item", "class")
+WINDOWS = ("recent", "all")
+METHODS = ("recsys", "popularity")
+
+_RANKING_KEY = re.compile(r"(popularity_)?(hr|ndcg|mrr)_at_(\d+)")
+_USUAL_K = 10
+_DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class TrainerMetrics:
+    """Export the trainer's metrics through `registry`; safe to call from any thread.
+
+    Turns off the client library's `_created` series for the whole process: they double the series and nobody reads
+    them.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._info = Info("recsys_trainer", "The software that learns, and the device it learns on.", registry=registry)
+        self._info.info({"version": recsys.__version__})
+        self._learned = Counter("recsys_feedback_learned", "Feedback learned from.", registry=registry)
+        self._steps = Counter("recsys_learning_steps", "Steps of the optimizers.", registry=registry)
+        self._learn_seconds = Histogram(
+            "recsys_learn_seconds", "Time to learn one version's steps.", registry=registry, buckets=_DURATION_BUCKETS
+        )
+        self._skipped = Counter(
+            "recsys_feedback_skipped", "Feedback read but not learned from, by reason.", ["reason"], registry=registry
+        )
+        self._committed_version = Gauge(
+            "recsys_committed_version",
+            "Newest version committed; 0 before the first.",
+            registry=registry,
+        )
+        self._committed = Counter("recsys_versions_committed", "Versions committed to the store.", registry=registry)
+        self._committed_bytes = Counter(
+            "recsys_committed_bytes", "Bytes of deltas committed to the store.", registry=registry
+        )
+        self._commit_seconds = Histogram(
+            "recsys_commit_seconds",
+            "Time to commit one version to the store.",
+            registry=registry,
+            buckets=_DURATION_BUCKETS,
+        )
+        self._backlog = Gauge(
+            "recsys_feedback_backlog", "Feedback in the log that is not learned yet.", registry=registry
+        )
+        self._log_records = Gauge("recsys_feedback_log_records", "Records in the feedback log.", registry=registry)
+        self._log_bytes = Gauge("recsys_feedback_log_bytes", "Bytes in the feedback log.", registry=registry)
+        self._log_max_bytes = Gauge(
+            "recsys_feedback_log_max_bytes",
+            "Bound of the feedback log; past it feedback is refused.",
+            registry=registry,
+        )
+        self._loss = Gauge(
+            "recsys_learning_loss",
+            "Mean loss of the last version's steps, in nats; NaN until measured.",
+            ["part"],
+            registry=registry,
+        )
+        self._gradient_norm = Gauge(
+            "recsys_gradient_norm", "Norm of the last step's dense gradient, before clipping.", registry=registry
+        )
+        self._snapshot_bytes = Gauge("recsys_snapshot_bytes", "Size of the newest snapshot.", registry=registry)
+        self._snapshot_seconds = Histogram(
+            "recsys_snapshot_seconds", "Time to write one snapshot.", registry=registry, buckets=_DURATION_BUCKETS
+        )
+        self._freshness = Histogram(
+            FRESHNESS_METRIC, FRESHNESS_HELP, ["stage"], registry=registry, buckets=FRESHNESS_BUCKETS
+        )
+        self._store_errors = Counter(
+            "recsys_store_errors", "Commands to the store that failed or timed out.", registry=registry
+        )
+        self._prequential = {
+            key: Gauge(
+                f"recsys_prequential_{name}_ratio",
+                f"{title} on feedback not learned from yet, all items ranked; NaN until measured.",
+                ["window", "k", "method"],
+                registry=registry,
+            )
+            for key, name, title in (
+                ("hr", "hit", "Share of chosen items among the first k"),
+                ("ndcg", "ndcg", "Normalised discounted cumulative gain of chosen items among the first k"),
+                ("mrr", "mrr", "Mean reciprocal rank of chosen items among the first k"),
+            )
+        }
+        self._log_loss = Gauge(
+            "recsys_prequential_log_loss",
+            "Log loss of the feedback classes, in nats, on feedback not learned from yet; NaN until measured.",
+            ["window"],
+            registry=registry,
+        )
+        self._export_zeros()
+
+    def device(self, kind: str, name: str) -> None:
+        """Name the device that learns: "cpu" or "cuda", and its maker's name for it."""
+        self._info.info({"version": recsys.__version__, "device": kind, "device_name": name})
+
+    def learned(self, feedback: int, steps: int, seconds: float) -> None:
+        """Count the feedback and the steps of one version, and the time they took."""
+        self._learned.inc(feedback)
+        self._steps.inc(steps)
+        self._learn_seconds.observe(seconds)
+
+    def skipped(self, reason: str, n: int) -> None:
+        """Count feedback that was read but not learned from; `reason` is one of SKIPS."""
+        self._skipped.labels(reason if reason in SKIPS else OTHER).inc(n)
+
+    def version_committed(self, version: int, bytes_: int, seconds: float) -> None:
+        """Count a commit of `bytes_` that took `seconds`."""
+        self._committed_version.set(version)
+        self._committed.inc()
+        self._committed_bytes.inc(bytes_)
+        self._commit_seconds.observe(seconds)
+
+    def backlog(self, n: int) -> None:
+        """Record how much feedback waits to be learned."""
+        self._backlog.set(n)
+
+    def log_usage(self, records: int, bytes_: int, max_bytes: int) -> None:
+        """Record what the feedback log holds, and its bound."""
+        self._log_records.set(records)
+        self._log_bytes.set(bytes_)
+        self._log_max_bytes.set(max_bytes)
+
+    def quality(self, window: str, metrics: Mapping[str, float]) -> None:
+        """Record accuracy over one of WINDOWS.
+
+        Keys look like "hr_at_10", "ndcg_at_10", "mrr_at_10", each with "popularity_" before it for what popularity
+        alone would have reached, or are "log_loss". Keys of any other form belong to the version, not to the panels.
+        """
+        window = window if window in WINDOWS else OTHER
+        for key, value in metrics.items():
+            if match := _RANKING_KEY.fullmatch(key):
+                popularity, metric, k = match.groups()
+                method = "popularity" if popularity else "recsys"
+                self._prequential[metric].labels(window, k, method).set(value)
+            elif key == "log_loss":
+                self._log_loss.labels(window).set(value)
+
+    def loss(self, name: str, value: float) -> None:
+        """Record the last version's mean of one part of the loss; `name` is one of LOSSES."""
+        self._loss.labels(name if name in LOSSES else OTHER).set(value)
+
+    def gradient_norm(self, value: float) -> None:
+        """Record the norm of the last step's dense gradient, before clipping."""
+        self._gradient_norm.set(value)
+
+    def freshness(self, stage: TrainerStage, seconds: Iterable[float]) -> None:
+        """Record how long each of some feedback spent in `stage`."""
+        histogram = self._freshness.labels(stage)
+        for value in seconds:
+            # Two machines' clocks may differ by more than a fast stage takes.
+            histogram.observe(max(value, 0.0))
+
+    def store_errors(self, n: int) -> None:
+        """Count commands to the store that failed."""
+        self._store_errors.inc(n)
+
+    def snapshot_written(self, bytes_: int, seconds: float) -> None:
+        """Record the size of a snapshot and the time to write it."""
+        self._snapshot_bytes.set(bytes_)
+        self._snapshot_seconds.observe(seconds)
+
+    def _export_zeros(self) -> None:
+        for reason in (*SKIPS, OTHER):
+            self._skipped.labels(reason)
+        for stage in TRAINER_STAGES:
+            self._freshness.labels(stage)
+        for name in LOSSES:
+            self._loss.labels(name).set(math.nan)
+        for window in WINDOWS:
+            self._log_loss.labels(window).set(math.nan)
+            for gauge in self._prequential.values():
+                for method in METHODS:
+                    gauge.labels(window, _USUAL_K, method).set(math.nan)

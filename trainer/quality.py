@@ -1,0 +1,89 @@
+"""Quality: accuracy measured before learning (prequential), over a recent window and over everything."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+HIT_AT = (1, 5, 10, 20)
+GAIN_AT = 10
+RECENT_EVENTS = 2000
+# In place of a rank: an event that cannot be hit (its item was new), and feedback that is no event (not positive).
+MISS = 0
+NO_EVENT = -1
+
+Array = npt.NDArray[np.float64]
+
+
+def gains(rank_B: npt.NDArray[np.int64]) -> Array:
+    """Turn ranks (1 best, 0 a miss) into what they score: (B, hits at 1, 5, 10, 20, NDCG at 10, MRR at 10).
+
+    With one relevant item NDCG is 1 / log2(1 + rank), MRR 1 / rank.
+    """
+    rank = np.where(rank_B > 0, rank_B, np.iinfo(np.int64).max).astype(np.float64)
+    within = rank <= GAIN_AT
+    columns = [rank <= k for k in HIT_AT] + [within / np.log2(1 + rank), within / rank]
+    return np.stack(columns, 1).astype(np.float64)
+
+
+NAMES = (*(f"hr_at_{k}" for k in HIT_AT), f"ndcg_at_{GAIN_AT}", f"mrr_at_{GAIN_AT}")
+
+
+class Mean:
+    """Average rows of numbers over the last `recent` and over all; NaN counts as absent."""
+
+    def __init__(self, recent: int) -> None:
+        self._recent: deque[Array] = deque(maxlen=recent)
+        self._sum: Array | float = 0.0
+        self._count: Array | float = 0.0
+
+    def add(self, rows: Array) -> None:
+        """Add rows (B, columns)."""
+        self._recent.extend(rows)
+        self._sum = self._sum + np.nansum(rows, 0)
+        self._count = self._count + np.isfinite(rows).sum(0)
+
+    def recent(self) -> Array:
+        """Return the means over the recent rows."""
+        rows = np.array(self._recent)
+        return np.asarray(np.nansum(rows, 0) / np.maximum(1, np.isfinite(rows).sum(0)))
+
+    def all(self) -> Array:
+        """Return the means over all rows."""
+        return np.asarray(self._sum / np.maximum(1, self._count))
+
+
+class Quality:
+    """Gather ranks and losses of events as they are tested; say how good the recommendations have been."""
+
+    def __init__(self, methods: Sequence[str] = ("recsys", "popularity"), recent: int = RECENT_EVENTS) -> None:
+        self.events = 0
+        self._ranks = {name: Mean(recent) for name in methods}
+        self._losses = Mean(recent)
+
+    def add_ranks(self, method: str, rank_B: npt.NDArray[np.int64]) -> None:
+        """Add a batch of ranks of one method: 1 the best, MISS, or NO_EVENT to be left out."""
+        events = rank_B[rank_B != NO_EVENT]
+        if method == next(iter(self._ranks)):
+            self.events += len(events)
+        if len(events):
+            self._ranks[method].add(gains(events))
+
+    def add_losses(self, item_loss_B: Array, class_loss_B: Array) -> None:
+        """Add a batch of cross-entropies in nats, over items (NaN where there was none) and over classes."""
+        self._losses.add(np.stack([item_loss_B, class_loss_B], 1))
+
+    def metrics(self, method: str, *, recent: bool = False) -> dict[str, float]:
+        """Return HR, NDCG and MRR of one method, empty before its first event."""
+        if not self.events:
+            return {}
+        mean = self._ranks[method]
+        return dict(zip(NAMES, (mean.recent() if recent else mean.all()).tolist(), strict=True))
+
+    def losses(self, *, recent: bool = False) -> dict[str, float]:
+        """Return `item_log_loss` and `log_loss` (over classes) in nats, empty before the first batch."""
+        values = np.atleast_1d(self._losses.recent() if recent else self._losses.all()).tolist()
+        return dict(zip(("item_log_loss", "log_loss"), values, strict=True)) if len(values) == 2 else {}
