@@ -7,7 +7,7 @@ import threading
 import time
 
 from recsys.catalog import CatalogMirror
-from recsys.errors import CorruptWeights, StoreUnavailable
+from recsys.errors import CorruptWeights, StoreFull, StoreUnavailable
 from recsys.metrics import ServerMetrics
 from recsys.scorer import Scorer
 from recsys.settings import Settings
@@ -57,13 +57,18 @@ class Follower:
                 if not self.step(WAIT_SECONDS):
                     self._stopping.wait(RETRY_SECONDS)
                 self._metrics.store_reachable(True)
-            except StoreUnavailable as error:
+            except (StoreUnavailable, StoreFull) as error:
                 self._metrics.store_reachable(False)
                 _log.warning("serving the weights that are held: %s", error)
                 self._stopping.wait(RETRY_SECONDS)
             except CorruptWeights as error:
                 self._reason, self._chain = "corrupt", None
                 _log.error("loading the weights anew: %s", error)
+                self._stopping.wait(RETRY_SECONDS)
+            except Exception:
+                # A thread that ends in silence would leave the server with weights that grow old.
+                self._reason, self._chain = "other", None
+                _log.exception("loading the weights anew after an unexpected error")
                 self._stopping.wait(RETRY_SECONDS)
 
     def step(self, wait_seconds: float) -> bool:

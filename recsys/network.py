@@ -46,6 +46,10 @@ class Histories:
     def __len__(self) -> int:
         return self.rows_BL.shape[0]
 
+    def take(self, index: Tensor) -> Histories:
+        """Return the histories at `index`, in its order."""
+        return Histories(self.rows_BL[index], self.classes_BL[index], self.gaps_BL[index])
+
     def latest_first(self, reach: int) -> Tensor:
         """Return the rows of the last `reach` entries, latest first: (B, min(L, reach))."""
         return self.rows_BL[:, -reach:].flip(1)

@@ -217,7 +217,9 @@ class Scorer:
         keep = min(max(CANDIDATES, *(queries[i].count for i in asked)), table.rows)
         top_BK, rows_BK = scores_BI.topk(keep, dim=1)
         final_BK = top_BK + self._log_worth(replica.network, rows_BK, index_B, scored, table.column("vector"))
-        final_BK, order_BK = final_BK.masked_fill(top_BK <= HIDDEN / 2, HIDDEN).sort(dim=1, descending=True, stable=True)
+        final_BK, order_BK = final_BK.masked_fill(top_BK <= HIDDEN / 2, HIDDEN).sort(
+            dim=1, descending=True, stable=True
+        )
         rows_BK = rows_BK.gather(1, order_BK)
         sources_BK, because_BK = self._explain(replica, rows_BK, index_B, scored)
         # Synchronises with the GPU: the answer leaves it.
@@ -236,9 +238,9 @@ class Scorer:
     def _log_worth(
         self, network: RecommendationNetwork, rows_BK: Tensor, index_B: Tensor, scored: _Scores, vectors_ID: Tensor
     ) -> Tensor:
-        """Return log(expected worth of the item's next feedback) for each pair: (B, K)."""
+        """Return the weighted log of the expected worth of feedback on each pair: (B, K)."""
         logits_BKC = self._class_logits(network, rows_BK, index_B, scored, vectors_ID)
-        return network.log_worth(logits_BKC, self._worth_C)
+        return self._settings.worth_weight * network.log_worth(logits_BKC, self._worth_C)
 
     def _class_logits(
         self, network: RecommendationNetwork, rows_BK: Tensor, index_B: Tensor, scored: _Scores, vectors_ID: Tensor
@@ -281,7 +283,8 @@ class Scorer:
         rows_1K = torch.tensor([rows], device=self.device)
         index_1 = torch.tensor([index], device=self.device)
         logits_1KC = self._class_logits(replica.network, rows_1K, index_1, scored, table.column("vector"))
-        final_1K = scored.scores_BI[index_1].gather(1, rows_1K) + replica.network.log_worth(logits_1KC, self._worth_C)
+        worth_1K = self._settings.worth_weight * replica.network.log_worth(logits_1KC, self._worth_C)
+        final_1K = scored.scores_BI[index_1].gather(1, rows_1K) + worth_1K
         sources_1K, because_1K = self._explain(replica, rows_1K, index_1, scored)
         names = [c.name for c in self._settings.classes]
         # Synchronises with the GPU: the answer leaves it.

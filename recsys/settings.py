@@ -177,6 +177,9 @@ class Settings(BaseModel):
     )
 
     # Serving
+    worth_weight: float = Field(
+        1.0, ge=0, le=10, description="power of the expected worth in the final order; 0 orders by score alone"
+    )
     max_score_batch: int = Field(32, ge=1, le=4096, description="requests scored together")
     queue_limit: int = Field(
         1024, ge=1, le=1_000_000, description="requests waiting; more are refused with RESOURCE_EXHAUSTED"

@@ -18,25 +18,22 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from recsys.device import choose
 from recsys.encoding import row_history
-from recsys.errors import AddressInUse, CorruptWeights, StoreFull, StoreUnavailable
+from recsys.errors import AddressInUse, StoreFull, StoreUnavailable
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.store.v1.log_pb2 import FeedbackRecord
-from recsys.weights import Lineage, VersionRecord, WeightStore, encode
-from trainer.examples import Event
-from trainer.examples import encode as encode_events
+from recsys.weights import Lineage, VersionRecord, WeightStore
+from trainer.examples import Event, encode
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
+from trainer.publisher import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Publisher, now_ms
 from trainer.quality import Quality
 
 # Feedback read from the log in one command.
 READ_COUNT = 256
 # Feedback encoded at once while the replay window is filled after a start.
 FILL_COUNT = 1000
-# Between attempts while the store is away; doubled up to the longest.
-RETRY_SECONDS = 0.1
-LONGEST_RETRY_SECONDS = 2.0
 # How often the sizes of log and backlog are looked up for the metrics.
 LOOK_SECONDS = 1.0
 
@@ -46,7 +43,7 @@ _log = logging.getLogger(__name__)
 class Daemon:
     """Learn from the log and publish versions; one at a time may, the newest wins.
 
-    `clock` gives seconds that only rise; it decides when a tick is appended and nothing else.
+    `clock` gives seconds that only rise; it decides when a tick is appended and nothing else that is learned.
     """
 
     def __init__(
@@ -61,61 +58,41 @@ class Daemon:
         self.log = FeedbackLog(self._client, settings)
         self.store = WeightStore(self._client, settings)
         self._metrics, self._device, self._clock = metrics, device, clock
-        self.quality = Quality()
         self.stopping = threading.Event()
+        self._publisher = Publisher(settings, self.store, self.log, metrics, self.stopping, clock)
+        self.quality = Quality()
         self._looked = float("-inf")
 
     def start(self) -> VersionRecord:
         """Take over: fence off any other trainer, then restore the last version, or publish the first one."""
-        self._epoch = self.store.acquire()
         self.learner = Learner(self.settings, self._device)
-        self._since_snapshot = 0
-        # Feedback read and not yet learned, and what the version in the making holds.
+        # Feedback read and not yet learned.
         self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
-        self._batches = 0
-        self._accepted_ms: list[int] = []
-        self._read_ms: list[int] = []
-        self._waiting_since: float | None = None
-        self._tick_sent = False
         self._caught_up = False
-        self._consumed = 0
-        self._learn_seconds = 0.0
-        self._items_published = 0
-        head = self.store.head()
+        # Positions of the feedback in the replay window.
         self._window: deque[str] = deque(maxlen=self.settings.replay_capacity)
-        if head is None:
-            self._head = VersionRecord(position=BEGINNING)
-            self._read_position = self._position = BEGINNING
-            self._publish(everything=True)
+        self._begin_version()
+        self._publisher.take_over(self.learner)
+        self._read_position = self._position = self._publisher.head.position
+        if self._publisher.head.version:
+            self._fill_window()
         else:
-            self._restore()
-        return self._head
+            self._publish()
+        return self._publisher.head
 
     def close(self) -> None:
         """Give the connection back."""
         self._client.close()
 
-    def _restore(self) -> None:
-        snapshot = self.store.load_snapshot(trainer=True)
-        version = 0
-        if snapshot is not None:
-            assert snapshot.trainer_payload is not None
-            self.learner.restore(snapshot.payload, snapshot.trainer_payload)
-            self._head, version = snapshot.record, snapshot.record.version
-        while deltas := self.store.read_after(version, trainer=True):
-            for delta in deltas:
-                assert delta.trainer_payload is not None
-                self.learner.restore(delta.payload, delta.trainer_payload)
-                self._since_snapshot += delta.record.bytes + delta.record.trainer_bytes
-                self._head, version = delta.record, delta.record.version
-        if version == 0:
-            raise CorruptWeights("the store has a head but neither a snapshot nor the deltas from the first version")
-        self.learner.take_changed()
-        self._items_published = len(self.learner.table)
-        self._read_position = self._position = self._head.position
-        if self._head.settings_digest != self.settings.learning_digest():
-            _log.warning("settings that learning depends on have changed since version %d", self._head.version)
-        self._fill_window()
+    def _begin_version(self) -> None:
+        """Forget what the last version was made of."""
+        self._batches = self._consumed = 0
+        self._accepted_ms: list[int] = []
+        self._read_ms: list[int] = []
+        self._learn_seconds = 0.0
+        # When the version's first feedback was read, on `clock`; whether a tick that will close it was appended.
+        self._waiting_since: float | None = None
+        self._tick_sent = False
 
     def _fill_window(self) -> None:
         """Fill the replay window with the feedback before the position, as it was when the version was committed."""
@@ -127,7 +104,7 @@ class Daemon:
                 if entry.record is not None and (event := self._event(entry.record)) is not None
             ]
             if part:
-                self.learner.window.add(encode_events([event for _, event in part], self.settings))
+                self.learner.window.add(encode([event for _, event in part], self.settings))
                 self._window.extend(position for position, _ in part)
 
     def step(self, wait_seconds: float = 0.0) -> bool:
@@ -138,9 +115,9 @@ class Daemon:
             StoreUnavailable, StoreFull: when the store fails; calling again goes on where this left off.
         """
         entries = self.log.read_after(self._read_position, READ_COUNT, self._patience(wait_seconds))
-        now_ms = time.time_ns() // 1_000_000
+        read_ms = now_ms()
         for entry in entries:
-            self._take(entry, now_ms)
+            self._take(entry, read_ms)
         self._caught_up = len(entries) < READ_COUNT
         self._maybe_tick()
         self._look()
@@ -152,27 +129,26 @@ class Daemon:
             return wait_seconds
         return max(0.0, min(wait_seconds, self._waiting_since + self.settings.publish_seconds - self._clock()))
 
-    def _take(self, entry: LogEntry, now_ms: int) -> None:
+    def _take(self, entry: LogEntry, read_ms: int) -> None:
         """Go past one entry of the log: what it completes is learned and published."""
-        closes = entry.tick
         if entry.record is None and not entry.tick:
             self._metrics.skipped("malformed", 1)
-        elif entry.record is not None and entry.record.feedback_class not in self.settings.class_index:
-            self._metrics.skipped("unknown_class", 1)
-            self._consumed += 1
         elif entry.record is not None:
-            if self._waiting_since is None:
-                self._waiting_since = self._clock()
-            self._pending.append((entry, entry.record))
             self._consumed += 1
-            self._read_ms.append(now_ms)
-            self._metrics.freshness("accepted_to_read", [(now_ms - entry.accepted_ms) / 1000])
-        if len(self._pending) == self.settings.batch_size or (closes and self._pending):
+            if entry.record.feedback_class in self.settings.class_index:
+                if self._waiting_since is None:
+                    self._waiting_since = self._clock()
+                self._pending.append((entry, entry.record))
+                self._read_ms.append(read_ms)
+                self._metrics.freshness("accepted_to_read", [(read_ms - entry.accepted_ms) / 1000])
+            else:
+                self._metrics.skipped("unknown_class", 1)
+        if len(self._pending) == self.settings.batch_size or (entry.tick and self._pending):
             self._learn()
         self._read_position = entry.position
         if not self._pending:
             self._position = entry.position
-        if self._batches == self.settings.batches_per_version or (closes and self._batches):
+        if self._batches == self.settings.batches_per_version or (entry.tick and self._batches):
             self._publish()
 
     def _event(self, record: FeedbackRecord) -> Event | None:
@@ -188,95 +164,49 @@ class Daemon:
     def _learn(self) -> None:
         started = self._clock()
         events = [event for _, record in self._pending if (event := self._event(record)) is not None]
-        report = self.learner.step(encode_events(events, self.settings))
+        report = self.learner.step(encode(events, self.settings))
         self._window.extend(entry.position for entry, _ in self._pending)
         self._accepted_ms.extend(entry.accepted_ms for entry, _ in self._pending)
-        if not report.learned:
-            self._metrics.skipped("non_finite", len(events))
-        else:
+        self._pending.clear()
+        self._batches += 1
+        if report.learned:
             self._metrics.gradient_norm(report.gradient_norm)
             for name, value in report.losses.items():
                 self._metrics.loss(name, value)
+        else:
+            self._metrics.skipped("non_finite", len(events))
         self.quality.add_ranks("recsys", report.rank_B)
         self.quality.add_ranks("popularity", report.popularity_rank_B)
         self.quality.add_losses(report.item_loss_B, report.class_loss_B)
-        self._pending.clear()
-        self._batches += 1
         self._learn_seconds += self._clock() - started
 
-    def _publish(self, *, everything: bool = False) -> None:
-        """Commit all that was learned since the last version; on a store's failure try until it is committed."""
-        learned_ms = time.time_ns() // 1_000_000
-        started = self._clock()
-        learner = self.learner
-        rows = learner.take_changed()
-        if everything:
-            rows = torch.arange(learner.table.rows, device=self._device)
-        served, own = learner.write(rows, self._items_published + 1)
-        payload, own_payload = encode(served), encode(own)
-        lineage = self._lineage()
-        head = self._committed(payload, own_payload, lineage)
-        self._head = head
-        self._items_published = len(learner.table)
-        self._since_snapshot += head.bytes + head.trainer_bytes
-        self._observe(head, learned_ms, started)
-        self._accepted_ms, self._read_ms = [], []
-        self._batches, self._consumed, self._learn_seconds = 0, 0, 0.0
-        self._waiting_since, self._tick_sent = None, False
-        if everything or self._since_snapshot >= self.settings.snapshot_every_bytes:
-            self._snapshot()
-
-    def _lineage(self) -> Lineage:
-        metrics = self.quality.metrics("recsys", recent=True) | self.quality.losses(recent=True)
-        return Lineage(
+    def _publish(self) -> None:
+        """Publish all that was learned since the last version."""
+        learned_ms = now_ms()
+        lineage = Lineage(
             position=self._position,
-            window_position=self._window[0] if self._window else BEGINNING,
-            feedback_learned=self._head.feedback_learned + self._consumed,
+            feedback_learned=self._publisher.head.feedback_learned + self._consumed,
             feedback_added=len(self._accepted_ms),
             settings_digest=self.settings.learning_digest(),
-            metrics=metrics,
-            accepted_ms=list(self._accepted_ms),
-            committed_ms=time.time_ns() // 1_000_000,
+            metrics=self.quality.metrics("recsys", recent=True) | self.quality.losses(recent=True),
+            accepted_ms=self._accepted_ms,
+            committed_ms=learned_ms,
+            window_position=self._window[0] if self._window else BEGINNING,
         )
+        self._publisher.publish(self.learner, lineage)
+        self._observe(learned_ms)
+        self._begin_version()
 
-    def _committed(self, payload: bytes, own_payload: bytes, lineage: Lineage) -> VersionRecord:
-        """Commit, again and again while the store fails: a commit that stands already is recognised."""
-        pause = RETRY_SECONDS
-        while True:
-            try:
-                return self.store.commit(self._epoch, self._head.version, payload, own_payload, lineage)
-            except (StoreUnavailable, StoreFull) as error:
-                self._metrics.store_errors(1)
-                _log.warning("version %d waits for the store: %s", self._head.version + 1, error)
-                if self.stopping.wait(pause):
-                    raise
-                pause = min(2 * pause, LONGEST_RETRY_SECONDS)
-
-    def _observe(self, head: VersionRecord, learned_ms: int, started: float) -> None:
-        metrics = self._metrics
-        metrics.version_committed(head.version, head.bytes + head.trainer_bytes, self._clock() - started)
+    def _observe(self, learned_ms: int) -> None:
+        metrics, quality = self._metrics, self.quality
         metrics.learned(len(self._accepted_ms), self._batches, self._learn_seconds)
         metrics.freshness("read_to_learned", [(learned_ms - each) / 1000 for each in self._read_ms])
-        now_ms = time.time_ns() // 1_000_000
-        metrics.freshness("learned_to_committed", [(now_ms - learned_ms) / 1000] * len(self._read_ms))
+        metrics.freshness("learned_to_committed", [(now_ms() - learned_ms) / 1000] * len(self._read_ms))
         for window, recent in (("recent", True), ("all", False)):
-            popularity = self.quality.metrics("popularity", recent=recent)
-            metrics.quality(
-                window,
-                self.quality.metrics("recsys", recent=recent)
-                | {f"popularity_{name}": value for name, value in popularity.items()}
-                | self.quality.losses(recent=recent),
-            )
-
-    def _snapshot(self) -> None:
-        """Write a full copy, then let go of the log that no retained version's replay window reaches back to."""
-        started = self._clock()
-        served, own = self.learner.write(torch.arange(self.learner.table.rows, device=self._device), 1)
-        payload, own_payload = encode(served), encode(own)
-        self.store.write_snapshot(self._epoch, self._head.version, payload, own_payload)
-        self._since_snapshot = 0
-        self._metrics.snapshot_written(len(payload) + len(own_payload), self._clock() - started)
-        self.log.trim(self.store.snapshots()[-1].window_position)
+            popularity = quality.metrics("popularity", recent=recent)
+            beside = {f"popularity_{name}": value for name, value in popularity.items()}
+            own = quality.metrics("recsys", recent=recent) | quality.losses(recent=recent)
+            metrics.quality(window, own | beside)
 
     def _maybe_tick(self) -> None:
         """Append a tick when the feedback that waits has waited long enough and nothing more is to be read."""
@@ -292,7 +222,7 @@ class Daemon:
             self._looked = self._clock()
             usage = self.log.usage()
             self._metrics.log_usage(usage.records, usage.bytes, usage.max_bytes)
-            self._metrics.backlog(max(0, self.log.appended() - self._head.feedback_learned))
+            self._metrics.backlog(max(0, self.log.appended() - self._publisher.head.feedback_learned))
 
     def run(self) -> None:
         """Step until `stopping` is set, through any failure of the store; then publish what is learned already."""
@@ -319,17 +249,6 @@ class Daemon:
                 _log.warning("the last feedback will be learned after a restart: %s", error)
 
 
-def _started(daemon: Daemon) -> VersionRecord | None:
-    """Start the daemon as soon as the store lets it; None when told to stop before that."""
-    while not daemon.stopping.is_set():
-        try:
-            return daemon.start()
-        except (StoreUnavailable, StoreFull) as error:
-            _log.warning("waiting for the store: %s", error)
-            daemon.stopping.wait(LONGEST_RETRY_SECONDS)
-    return None
-
-
 def run(settings: Settings) -> None:
     """Learn until SIGTERM or SIGINT; print one line when the first version stands.
 
@@ -343,13 +262,12 @@ def run(settings: Settings) -> None:
     metrics = TrainerMetrics(registry)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     metrics.device(device.type, name)
+    address = f"{settings.host}:{settings.trainer_metrics_port}"
     try:
         server, thread = start_http_server(settings.trainer_metrics_port, settings.host, registry)
     except OSError as error:
-        raise AddressInUse(
-            f"cannot serve metrics on {settings.host}:{settings.trainer_metrics_port} (host, trainer_metrics_port): "
-            f"{error.strerror}"
-        ) from error
+        reason = error.strerror
+        raise AddressInUse(f"cannot serve metrics on {address} (host, trainer_metrics_port): {reason}") from error
     daemon = Daemon(settings, metrics, device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stopping.set())
@@ -364,3 +282,14 @@ def run(settings: Settings) -> None:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _started(daemon: Daemon) -> VersionRecord | None:
+    """Start the daemon as soon as the store lets it; None when told to stop before that."""
+    while not daemon.stopping.is_set():
+        try:
+            return daemon.start()
+        except (StoreUnavailable, StoreFull) as error:
+            _log.warning("waiting for the store: %s", error)
+            daemon.stopping.wait(LONGEST_RETRY_SECONDS)
+    return None

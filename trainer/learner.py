@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,34 +24,15 @@ from recsys.weights import WeightPayload
 from recsys.weights.replica import Replica, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
 from trainer.examples import Examples, ReplayWindow, join
-from trainer.quality import MISS, NO_EVENT
+from trainer.prequential import MASKED, Prequential, StepReport
 
 MIX_LEARNING_RATE = 0.01
-# Scores held at once while testing, so that memory does not grow with the number of items.
-SCORES_AT_ONCE = 8_000_000
 ADAGRAD_EPSILON = 1e-10
 SQUARED_GRADIENT = "squared_gradient"
 STEPS = "steps"
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
-MASKED = -1e9
 # Of the feedback classes' cross-entropy, beside that over items.
 CLASS_LOSS_WEIGHT = 1.0
-
-
-@dataclass(slots=True)
-class StepReport:
-    """What a step found before it learned, for each of the batch's B examples, and what it did."""
-
-    # 1 is best; MISS where the item was new, NO_EVENT where the feedback is not positive.
-    rank_B: np.ndarray
-    popularity_rank_B: np.ndarray
-    # Cross-entropy over items (positive feedback of known items, else NaN) and over feedback classes.
-    item_loss_B: np.ndarray
-    class_loss_B: np.ndarray
-    learned: bool = True
-    # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
-    losses: dict[str, float] = field(default_factory=dict)
-    gradient_norm: float = math.nan
 
 
 class Learner:
@@ -75,6 +55,7 @@ class Learner:
             torch.optim.AdamW(self._dense, lr=settings.learning_rate, weight_decay=decay, fused=True),
             torch.optim.AdamW(mix, lr=MIX_LEARNING_RATE, weight_decay=0.0, fused=True),
         )
+        self._prequential = Prequential(settings, self.network, self.table)
         self._positive = np.array([c.positive for c in settings.classes])
         self._positive_C = torch.tensor([c.positive for c in settings.classes], device=device)
 
@@ -85,10 +66,10 @@ class Learner:
         A batch whose loss or gradient is not finite leaves the weights as they are and reports learned = False.
         """
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 1, 0]))
-        torch.manual_seed(int(random.integers(1 << 62)))
+        _seed(int(random.integers(1 << 62)), self.device)
         self.steps += 1
         trend_IS = self.table.log_trend()
-        report, mix_loss = self._test(examples, seen, trend_IS)
+        report, mix_loss = self._prequential.test(examples, seen, trend_IS)
         replayed = self.window.draw(self.settings.replay_size, random)
         self.window.add(examples)
         rows_U, vectors_UD, item_loss, class_loss = self._loss(join([examples, replayed]), trend_IS, random)
@@ -108,7 +89,11 @@ class Learner:
         self._apply(rows_U, gradient_UD)
         self._count(examples)
         # Synchronises with the GPU: what was found leaves for the metrics.
-        report.losses = {"total": float(loss), "item": float(item_loss), "class": float(class_loss)}
+        report.losses = {
+            "total": float(loss.detach()),
+            "item": float(item_loss.detach()),
+            "class": float(class_loss.detach()),
+        }
         report.gradient_norm = float(norm)
         return report
 
@@ -154,74 +139,6 @@ class Learner:
         """Return the rows changed since the last call, ascending, and start anew."""
         changed, self._changed = self._changed, []
         return torch.unique(torch.cat(changed)) if changed else torch.zeros(0, dtype=torch.int64, device=self.device)
-
-    def _test(self, examples: Examples, seen: list[np.ndarray] | None, trend_IS: Tensor) -> tuple[StepReport, Tensor]:
-        """Rank every item for each positive example; return the report and the loss that teaches the mixing weights."""
-        self.network.eval()
-        count = len(examples)
-        report = StepReport(np.full(count, NO_EVENT), np.full(count, NO_EVENT), np.full(count, np.nan), np.zeros(count))
-        report.class_loss_B[:] = self._test_classes(examples, trend_IS)
-        positive = self._positive[examples.class_B]
-        report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
-        chosen = np.flatnonzero(positive & self._known(examples.item_B))
-        mix_loss = torch.zeros((), device=self.device)
-        at_once = max(1, SCORES_AT_ONCE // self.table.rows)
-        for start in range(0, len(chosen), at_once):
-            part = chosen[start : start + at_once]
-            mix_loss = mix_loss + self._test_part(examples, part, seen, trend_IS, report)
-        return report, mix_loss / max(1, len(chosen))
-
-    def _known(self, item_B: np.ndarray) -> np.ndarray:
-        total_B = self.table.columns["total"][to_tensor(item_B, self.device)]
-        # Synchronises with the GPU: which examples can be ranked decides the shapes that follow.
-        return np.asarray((total_B > 0).cpu().numpy())
-
-    def _test_part(
-        self, examples: Examples, part: np.ndarray, seen: list[np.ndarray] | None, trend_IS: Tensor, report: StepReport
-    ) -> Tensor:
-        histories = examples.take(part).histories(self.device)
-        item_B = to_tensor(examples.item_B[part], self.device)
-        table = self.table
-        vectors_ID = table.column("vector")
-        with torch.no_grad():
-            last_B = histories.rows_BL[:, -1]
-            states_BD = self.network.states(vectors_ID[histories.rows_BL], vectors_ID[last_B], histories)
-            transitions = table.transitions(histories.latest_first(TRANSITION_REACH))
-            lift_BI = self.network.lift(transitions, table.rows)
-        weights_BP = self.network.mixing_weights(histories)
-        scores_BI = self.network.scores(weights_BP, states_BD, vectors_ID, trend_IS, lift_BI)
-        hidden_BI = (table.column("total") == 0).repeat(len(part), 1)
-        if seen is None:
-            hidden_BI.scatter_(1, histories.rows_BL, True)
-        else:
-            for i, example in enumerate(part):
-                hidden_BI[i, torch.from_numpy(seen[example])] = True
-        hidden_BI.scatter_(1, item_B[:, None], False)
-        hidden_BI[:, 0] = True
-        scores_BI = scores_BI.masked_fill(hidden_BI, MASKED)
-        loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
-        # Synchronises with the GPU: what was found leaves for the metrics.
-        report.item_loss_B[part] = loss_B.detach().cpu().numpy()
-        report.rank_B[part] = ranks(scores_BI.detach(), item_B).cpu().numpy()
-        popularity_BI = table.column("total").masked_fill(hidden_BI, MASKED)
-        report.popularity_rank_B[part] = ranks(popularity_BI, item_B).cpu().numpy()
-        return loss_B.sum()
-
-    def _test_classes(self, examples: Examples, trend_IS: Tensor) -> np.ndarray:
-        with torch.no_grad():
-            histories = examples.histories(self.device)
-            item_B = to_tensor(examples.item_B, self.device)
-            vectors = self.table.columns["vector"]
-            states_BD = self.network.states(vectors[histories.rows_BL], vectors[histories.rows_BL[:, -1]], histories)
-            logits_BC = self.network.class_logits(
-                states_BD,
-                vectors[item_B],
-                trend_IS[item_B],
-                self.network.context_vectors(to_tensor(examples.context_BP, self.device)),
-            )
-            losses_B = F.cross_entropy(logits_BC, to_tensor(examples.class_B, self.device), reduction="none")
-            # Synchronises with the GPU: what was found leaves for the metrics.
-            return losses_B.cpu().numpy()
 
     def _loss(
         self, examples: Examples, trend_IS: Tensor, random: np.random.Generator
@@ -291,8 +208,9 @@ class Learner:
             self._changed.append(touched)
 
 
-def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:
-    """Return each item's rank, 1 the best; a tie counts against it only where the other item is older."""
-    own_B1 = scores_BI.gather(1, item_B[:, None])
-    older_BI = torch.arange(scores_BI.shape[1], device=scores_BI.device) < item_B[:, None]
-    return 1 + (scores_BI > own_B1).sum(1) + ((scores_BI == own_B1) & older_BI).sum(1)
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what dropout draws from; torch.manual_seed does the same for every kind of device, which takes 1 ms."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

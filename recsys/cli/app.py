@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from recsys import __version__
-from recsys.cli import client_commands, run_commands
+from recsys.cli.client_commands import feedback, recommend, status, versions
 from recsys.cli.config_command import config
 from recsys.cli.demo import demo
 from recsys.cli.evaluate_command import evaluate
 from recsys.cli.import_command import import_
+from recsys.cli.run_commands import serve, store, train, up
 from recsys.cli.settings_flags import ConfigFile, takes_settings
 from recsys.errors import RecsysError, SettingsError
 
@@ -43,26 +44,27 @@ def recsys(
         print(ctx.get_help())
 
 
-for _panel, _commands in {
+_PANELS: dict[str, dict[str, Callable[..., Any]]] = {
     "Run": {
         "demo": takes_settings(demo),
-        "up": takes_settings(run_commands.up),
-        "serve": takes_settings(run_commands.serve),
-        "train": takes_settings(run_commands.train),
+        "up": takes_settings(up),
+        "serve": takes_settings(serve),
+        "train": takes_settings(train),
         "config": takes_settings(config),
     },
     "Ask and tell a server": {
-        "recommend": client_commands.recommend,
-        "feedback": client_commands.feedback,
+        "recommend": recommend,
+        "feedback": feedback,
         "import": import_,
-        "status": client_commands.status,
-        "versions": client_commands.versions,
+        "status": status,
+        "versions": versions,
     },
     "Measure": {"evaluate": takes_settings(evaluate)},
-}.items():
+}
+for _panel, _commands in _PANELS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
-app.command("store", hidden=True)(takes_settings(run_commands.store))
+app.command("store", hidden=True)(takes_settings(store))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+import re
 
 from rich.table import Table
 
@@ -29,9 +29,5 @@ def config(given: Given, json: AsJson = False) -> None:
 
 def masked(url: str) -> str:
     """Return a URL with a mask for its password, in whichever of its two places that stands."""
-    parts = urlsplit(url)
-    user, has_user, address = parts.netloc.rpartition("@")
-    name, has_password, _ = user.partition(":")
-    netloc = f"{name}:{MASK}@{address}" if has_user and has_password else parts.netloc
-    query = [(key, MASK if key == "password" else value) for key, value in parse_qsl(parts.query)]
-    return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query, safe="*")))
+    url = re.sub(r"(//[^:/@]*:).*@", rf"\1{MASK}@", url)
+    return re.sub(r"([?&]password=)[^&]*", rf"\1{MASK}", url)

@@ -79,20 +79,24 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
         async def call(data: bytes, context: Context) -> Any:
             started = time.perf_counter()
             self._metrics.rpc_started(service, name)
-            code = grpc.StatusCode.OK
+
+            def handled(code: grpc.StatusCode) -> None:
+                self._metrics.rpc_handled(service, name, code.name, time.perf_counter() - started)
+
             try:
-                return await behavior(_parse(parse, data), context)
+                response = await behavior(_parse(parse, data), context)
             except asyncio.CancelledError:
                 # The library cancels the handler both when the caller hangs up and when its deadline passes.
                 late = context.time_remaining() == 0
-                code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+                handled(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
                 raise
             except Exception as error:
                 status = rpc_status.to_status(self._explain(error, method, context))
-                code = status.code
+                # Before the caller hears of it: who reads the numbers after a call finds it counted.
+                handled(status.code)
                 await context.abort(status.code, status.details, status.trailing_metadata)
-            finally:
-                self._metrics.rpc_handled(service, name, code.name, time.perf_counter() - started)
+            handled(grpc.StatusCode.OK)
+            return response
 
         # No deserializer: the library answers UNKNOWN to bytes that do not parse, where the fault is the caller's.
         behavior_of_bytes: Any = call

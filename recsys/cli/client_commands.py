@@ -1,0 +1,201 @@
+"""recommend, feedback, status and versions: what any client of a server does, from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from recsys.cli.output import AsJson, console, facts, plain, print_json
+
+if TYPE_CHECKING:
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from recsys.client import Client
+
+# Much longer than any answer should take: a person rather waits than asks again.
+TIMEOUT_SECONDS = 10.0
+
+Server = Annotated[
+    str | None,
+    typer.Option("--server", metavar="HOST:PORT", help="which server; the settings host and port unless given"),
+]
+
+
+def recommend(
+    ctx: typer.Context,
+    user: Annotated[str, typer.Argument(metavar="USER")],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="how many items")] = 10,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="ITEM", help="never this item; may be repeated")] = None,
+    allow_seen: Annotated[bool, typer.Option("--allow-seen", help="also items that the user already has")] = False,
+    any_of: Annotated[list[str] | None, typer.Option(metavar="CATEGORY", help="items with one of these")] = None,
+    all_of: Annotated[list[str] | None, typer.Option(metavar="CATEGORY", help="items with all of these")] = None,
+    none_of: Annotated[list[str] | None, typer.Option(metavar="CATEGORY", help="items with none of these")] = None,
+    server: Server = None,
+    json: AsJson = False,
+) -> None:
+    """Recommend items to a user, best first, with the reason for each."""
+    from recsys.catalog import CategoryFilter
+
+    wanted = CategoryFilter(frozenset(any_of or ()), frozenset(all_of or ()), frozenset(none_of or ()))
+    with connected(ctx, server) as client:
+        answer = client.recommend(
+            user, count, exclude_item_ids=exclude or (), allow_seen=allow_seen, filter=wanted, timeout=TIMEOUT_SECONDS
+        )
+        known = client.get_items([i.item_id for i in answer.items], timeout=TIMEOUT_SECONDS) if answer.items else []
+    items: list[dict[str, Any]] = [
+        {
+            "item_id": item.item_id,
+            "title": entry.title if entry else "",
+            "score": item.score,
+            "source": item.source,
+            "reason": item.reason,
+        }
+        for item, entry in zip(answer.items, known, strict=True)
+    ]
+    if json:
+        print_json({"recommendation_id": answer.recommendation_id, "version": answer.version, "items": items})
+        return
+    table = Table("", "item", "title", "score", "source", "reason", box=None, pad_edge=False)
+    for rank, each in enumerate(items, 1):
+        texts = (each["item_id"], each["title"], f"{each['score']:.3f}", each["source"], each["reason"])
+        table.add_row(str(rank), *map(plain, texts))
+    console().print(table)
+    console().print(f"version {answer.version}")
+
+
+def feedback(
+    ctx: typer.Context,
+    user: Annotated[str, typer.Argument(metavar="USER")],
+    item: Annotated[str, typer.Argument(metavar="ITEM")],
+    feedback_class: Annotated[str, typer.Argument(metavar="CLASS", help="such as click; `recsys status` lists them")],
+    value: Annotated[float | None, typer.Argument(metavar="[VALUE]", help="a number, such as seconds watched")] = None,
+    server: Server = None,
+    json: AsJson = False,
+) -> None:
+    """Log one feedback of a user about an item."""
+    from recsys.errors import InvalidInput, Violation
+    from recsys.feedback import Feedback
+
+    with connected(ctx, server) as client:
+        given = Feedback(user, item, feedback_class, value=value)
+        (result,) = client.log_feedback([given], timeout=TIMEOUT_SECONDS)
+    if not result.accepted:
+        raise InvalidInput([Violation(result.field, result.refusal)])
+    if json:
+        print_json({"accepted": True, "duplicate": result.duplicate})
+    else:
+        print("accepted")
+
+
+def status(ctx: typer.Context, server: Server = None, json: AsJson = False) -> None:
+    """Tell what a server serves and how fresh it is; exit code 0 only when it is SERVING."""
+    with connected(ctx, server) as client:
+        found = client.status(timeout=TIMEOUT_SECONDS)
+    serving = _serving(target_of(ctx, server))
+    facts_of = {
+        "serving": serving,
+        "version": found.version,
+        "committed_time": _time(found.committed_time) if found.version else None,
+        "applied_time": _time(found.applied_time) if found.version else None,
+        "items": found.items,
+        "feedback_learned": found.feedback_learned,
+        "backlog": found.backlog,
+        "log_records": found.log_records,
+        "log_bytes": found.log_bytes,
+        "log_max_bytes": found.log_max_bytes,
+        "store_reachable": found.store_reachable,
+        "software_version": found.software_version,
+        "feedback_classes": list(found.feedback_classes),
+    }
+    if json:
+        print_json(facts_of)
+    else:
+        console().print(facts(facts_of | {"feedback_classes": ", ".join(found.feedback_classes)}))
+    raise typer.Exit(0 if serving else 1)
+
+
+def versions(
+    ctx: typer.Context,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="how many")] = 20,
+    server: Server = None,
+    json: AsJson = False,
+) -> None:
+    """List the retained versions of the weights, newest first."""
+    with connected(ctx, server) as client:
+        found = [version for _, version in zip(range(count), client.versions(timeout=TIMEOUT_SECONDS), strict=False)]
+    rows: list[dict[str, Any]] = [
+        {
+            "version": v.version,
+            "committed_time": _time(v.committed_time),
+            "feedback_learned": v.feedback_learned,
+            "feedback_added": v.feedback_added,
+            "bytes": v.bytes,
+            "epoch": v.epoch,
+            "position": v.position,
+            "chain": v.chain,
+            "snapshot": v.snapshot,
+            "metrics": dict(v.metrics),
+        }
+        for v in found
+    ]
+    if json:
+        print_json({"versions": rows})
+        return
+    columns = [name for name in (rows[0] if rows else ()) if name not in ("position", "metrics")]
+    table = Table(*columns, "HR@10", box=None, pad_edge=False)
+    for row in rows:
+        row["chain"] = row["chain"][:12]
+        accuracy = row["metrics"].get("hr_at_10")
+        table.add_row(*(plain(row[name]) for name in columns), "" if accuracy is None else f"{accuracy:.4f}")
+    console().print(table)
+
+
+@contextmanager
+def connected(ctx: typer.Context, server: str | None) -> Iterator[Client]:
+    """Connect to the server that the flag or the settings name."""
+    from recsys.client import Client
+
+    with Client(target_of(ctx, server)) as client:
+        yield client
+
+
+def target_of(ctx: typer.Context, server: str | None) -> str:
+    """Return "host:port" from the flag, else from the settings.
+
+    Raises:
+        SettingsError: when the settings leave the port to chance.
+    """
+    from recsys.errors import SettingsError
+    from recsys.settings import load
+
+    if server is not None:
+        return server
+    settings = load(file=ctx.obj)
+    if settings.port == 0:
+        raise SettingsError("port: 0 lets the server take any; say with --server where it listens")
+    # Servers listen on these; clients cannot call them everywhere.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
+
+
+def _serving(target: str) -> bool:
+    """Ask the health service, the only one to know that a server is still loading or already stopping."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(target) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS, wait_for_ready=True
+            )
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _time(time: Timestamp) -> str:
+    return time.ToJsonString()

@@ -1,0 +1,58 @@
+"""serve, train and up: the parts alone against a store, or all of them with one of their own."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+from recsys.cli.output import AsJson, console, facts, print_json
+from recsys.cli.settings_flags import Given
+
+
+def serve(given: Given) -> None:
+    """Serve recommendations and take feedback, against the store at redis_url."""
+    from recsys.server import run
+
+    _log_to_stderr()
+    run(given.settings)
+
+
+def train(given: Given) -> None:
+    """Learn from the feedback in the store at redis_url and publish versions of the weights."""
+    from trainer.daemon import run
+
+    _log_to_stderr()
+    run(given.settings)
+
+
+def store(given: Given) -> None:
+    """Run the embedded store over data_dir; for `up`, which reads its address from stdout."""
+    from recsys.store.embedded import EmbeddedStore
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with EmbeddedStore(given.settings.data_dir) as embedded:
+            print(f"storing in {given.settings.data_dir} at {embedded.url}", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
+
+
+def up(given: Given, json: AsJson = False) -> None:
+    """Run store, trainer and server on this machine, until Ctrl-C; what they hold is kept in data_dir."""
+    from recsys.cli.system import System
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with System(given.settings) as system:
+            if json:
+                print_json(system.addresses | {"pids": system.pids})
+            else:
+                console().print(facts(system.addresses, "recsys is up; Ctrl-C stops it"))
+            system.wait()
+    except KeyboardInterrupt:
+        console(stderr=True).print("stopped")
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -1,0 +1,144 @@
+"""Prequential test: rank and classify a batch before it is learned, and find the loss that teaches the mixing weights.
+
+Shapes as in recsys.network.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recsys.encoding import to_tensor
+from recsys.item_table import PADDING_ROW, TRANSITION_REACH, ItemTable
+from recsys.network import Histories, RecommendationNetwork
+from recsys.settings import Settings
+from trainer.examples import Examples
+from trainer.quality import MISS, NO_EVENT
+
+# Scores held at once, so that memory does not grow with the number of items.
+SCORES_AT_ONCE = 8_000_000
+# In place of the score of an item that must not be ranked.
+MASKED = -1e9
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What a step found before it learned, for each of the batch's B examples, and what it did."""
+
+    # 1 is best; MISS where the item was new, NO_EVENT where the feedback is not positive.
+    rank_B: Rows
+    popularity_rank_B: Rows
+    # Cross-entropy over items (positive feedback of known items, else NaN) and over feedback classes, in nats.
+    item_loss_B: npt.NDArray[np.float64]
+    class_loss_B: npt.NDArray[np.float64]
+    learned: bool = True
+    # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
+    losses: dict[str, float] = field(default_factory=dict)
+    gradient_norm: float = math.nan
+
+
+class Prequential:
+    """Test batches against a network and an item table as they stand."""
+
+    def __init__(self, settings: Settings, network: RecommendationNetwork, table: ItemTable) -> None:
+        self._network, self._table = network, table
+        self._positive = np.array([c.positive for c in settings.classes])
+
+    def test(self, examples: Examples, seen: list[Rows] | None, trend_IS: Tensor) -> tuple[StepReport, Tensor]:
+        """Rank every item for each positive example, classify all; return what was found and the mixing loss.
+
+        `seen` gives per example the rows left out of the ranking; by default those of its history.
+        """
+        count, device = len(examples), self._table.device
+        self._network.eval()
+        histories = examples.histories(device)
+        vectors = self._table.columns["vector"]
+        with torch.no_grad():
+            rows_BL = histories.rows_BL
+            states_BD = self._network.states(vectors[rows_BL], vectors[rows_BL[:, -1]], histories)
+        report = StepReport(
+            rank_B=np.full(count, NO_EVENT),
+            popularity_rank_B=np.full(count, NO_EVENT),
+            item_loss_B=np.full(count, np.nan),
+            class_loss_B=self._classify(examples, states_BD, trend_IS),
+        )
+        positive = self._positive[examples.class_B]
+        report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
+        chosen = np.flatnonzero(positive & self._known(examples.item_B))
+        loss = torch.zeros((), device=device)
+        at_once = max(1, SCORES_AT_ONCE // self._table.rows)
+        for start in range(0, len(chosen), at_once):
+            part = chosen[start : start + at_once]
+            index = to_tensor(part, device)
+            item_B = to_tensor(examples.item_B[part], device)
+            hidden_BI = self._hidden(histories.take(index), item_B, seen and [seen[i] for i in part])
+            loss = loss + self._rank(part, histories.take(index), states_BD[index], item_B, hidden_BI, trend_IS, report)
+        return report, loss / max(1, len(chosen))
+
+    def _known(self, item_B: Rows) -> npt.NDArray[np.bool_]:
+        total_B = self._table.columns["total"][to_tensor(item_B, self._table.device)]
+        # Synchronises with the GPU: which examples can be ranked decides the shapes that follow.
+        return np.asarray((total_B > 0).cpu().numpy())
+
+    def _hidden(self, histories: Histories, item_B: Tensor, seen: list[Rows] | None) -> Tensor:
+        """Return what is not ranked: items never chosen, and those that the user has, but for the item itself."""
+        hidden_BI = (self._table.column("total") == 0).repeat(len(item_B), 1)
+        if seen is None:
+            hidden_BI.scatter_(1, histories.rows_BL, True)
+        else:
+            for hidden_I, rows in zip(hidden_BI, seen, strict=True):
+                hidden_I[to_tensor(rows, hidden_BI.device)] = True
+        hidden_BI.scatter_(1, item_B[:, None], False)
+        hidden_BI[:, PADDING_ROW] = True
+        return hidden_BI
+
+    def _rank(
+        self,
+        part: Rows,
+        histories: Histories,
+        states_BD: Tensor,
+        item_B: Tensor,
+        hidden_BI: Tensor,
+        trend_IS: Tensor,
+        report: StepReport,
+    ) -> Tensor:
+        table, network = self._table, self._network
+        with torch.no_grad():
+            lift_BI = network.lift(table.transitions(histories.latest_first(TRANSITION_REACH)), table.rows)
+        weights_BP = network.mixing_weights(histories)
+        scores_BI = network.scores(weights_BP, states_BD, table.column("vector"), trend_IS, lift_BI)
+        scores_BI = scores_BI.masked_fill(hidden_BI, MASKED)
+        loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
+        popularity_BI = table.column("total").masked_fill(hidden_BI, MASKED)
+        # Synchronises with the GPU: what was found leaves for the metrics.
+        report.item_loss_B[part] = loss_B.detach().cpu().numpy()
+        report.rank_B[part] = ranks(scores_BI.detach(), item_B).cpu().numpy()
+        report.popularity_rank_B[part] = ranks(popularity_BI, item_B).cpu().numpy()
+        return loss_B.sum()
+
+    @torch.no_grad()
+    def _classify(self, examples: Examples, states_BD: Tensor, trend_IS: Tensor) -> npt.NDArray[np.float64]:
+        device = self._table.device
+        item_B = to_tensor(examples.item_B, device)
+        context_BC = self._network.context_vectors(to_tensor(examples.context_BP, device))
+        vectors_BD = self._table.columns["vector"][item_B]
+        logits_BC = self._network.class_logits(states_BD, vectors_BD, trend_IS[item_B], context_BC)
+        losses_B = F.cross_entropy(logits_BC, to_tensor(examples.class_B, device), reduction="none")
+        # Synchronises with the GPU: what was found leaves for the metrics.
+        return losses_B.cpu().numpy().astype(np.float64)
+
+
+def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:
+    """Return each item's rank, 1 the best; a tie counts against it only where the other item is older."""
+    own_B1 = scores_BI.gather(1, item_B[:, None])
+    ahead_B = (scores_BI > own_B1).sum(1)
+    older_BI = torch.arange(scores_BI.shape[1], device=scores_BI.device) < item_B[:, None]
+    return 1 + ahead_B + ((scores_BI == own_B1) & older_BI).sum(1)

@@ -1,0 +1,133 @@
+"""Publisher: commit what a learner has learned, keep snapshots of it, and restore it after a start."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from recsys.errors import CorruptWeights, StoreFull, StoreUnavailable
+from recsys.feedback_log import BEGINNING, FeedbackLog
+from recsys.settings import Settings
+from recsys.weights import Lineage, VersionRecord, WeightStore, encode
+from trainer.learner import Learner
+from trainer.metrics import TrainerMetrics
+
+# Between attempts while the store is away; doubled up to the longest.
+RETRY_SECONDS = 0.1
+LONGEST_RETRY_SECONDS = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Publish the versions of one learner; `head` is the last one, version 0 before the first."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: WeightStore,
+        log: FeedbackLog,
+        metrics: TrainerMetrics,
+        stopping: threading.Event,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings, self._store, self._log = settings, store, log
+        self._metrics, self._stopping, self._clock = metrics, stopping, clock
+        self.head = VersionRecord(position=BEGINNING)
+
+    def take_over(self, learner: Learner) -> None:
+        """Fence off any other trainer, then restore the last version into a new learner, if there is one.
+
+        The replay window is left to the caller.
+
+        Raises:
+            CorruptWeights: when what the store holds is not whole or does not fit the settings.
+        """
+        self._epoch = self._store.acquire()
+        self._since_snapshot = 0
+        self.head = VersionRecord(position=BEGINNING)
+        if self._store.head() is not None:
+            self._restore(learner)
+        # Set by a snapshot that could not be written, or that is missing altogether.
+        self._snapshot_due = not self._store.snapshot_versions()
+        self._items = len(learner.table)
+
+    def _restore(self, learner: Learner) -> None:
+        snapshot = self._store.load_snapshot(trainer=True)
+        if snapshot is not None:
+            assert snapshot.trainer_payload is not None
+            learner.restore(snapshot.payload, snapshot.trainer_payload)
+            self.head = snapshot.record
+        while deltas := self._store.read_after(self.head.version, chain=self.head.chain or None, trainer=True):
+            for delta in deltas:
+                assert delta.trainer_payload is not None
+                learner.restore(delta.payload, delta.trainer_payload)
+                self._since_snapshot += delta.record.bytes + delta.record.trainer_bytes
+                self.head = delta.record
+        if self.head.version == 0:
+            raise CorruptWeights("the store has a head but neither a snapshot nor the deltas from the first version")
+        learner.take_changed()
+        if self.head.settings_digest != self._settings.learning_digest():
+            _log.warning("settings that learning depends on have changed since version %d", self.head.version)
+
+    def publish(self, learner: Learner, lineage: Lineage) -> VersionRecord:
+        """Commit all that changed since the last version (everything, if this is the first); snapshot when due.
+
+        While the store fails the commit is tried again until it stands.
+
+        Raises:
+            FencedOff: when another trainer has taken over.
+            StoreUnavailable, StoreFull: when told to stop while the store fails; the learner must be restored then.
+        """
+        started = self._clock()
+        rows = learner.take_changed()
+        if self.head.version == 0:
+            rows = torch.arange(learner.table.rows, device=learner.device)
+        served, own = learner.write(rows, self._items + 1)
+        self.head = self._commit(encode(served), encode(own), lineage)
+        self._items = len(learner.table)
+        bytes_ = self.head.bytes + self.head.trainer_bytes
+        self._since_snapshot += bytes_
+        self._metrics.version_committed(self.head.version, bytes_, self._clock() - started)
+        if self._snapshot_due or self._since_snapshot >= self._settings.snapshot_every_bytes:
+            self._snapshot_due = True
+            self._snapshot(learner)
+        return self.head
+
+    def _commit(self, payload: bytes, own_payload: bytes, lineage: Lineage) -> VersionRecord:
+        """Commit, again and again while the store fails: a commit that stands already is recognised."""
+        pause = RETRY_SECONDS
+        while True:
+            try:
+                return self._store.commit(self._epoch, self.head.version, payload, own_payload, lineage)
+            except (StoreUnavailable, StoreFull) as error:
+                self._metrics.store_errors(1)
+                _log.warning("version %d waits for the store: %s", self.head.version + 1, error)
+                if self._stopping.wait(pause):
+                    raise
+                pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+
+    def _snapshot(self, learner: Learner) -> None:
+        """Write a full copy, then let go of the log that no retained version's replay window reaches back to."""
+        started = self._clock()
+        served, own = learner.write(torch.arange(learner.table.rows, device=learner.device), 1)
+        payload, own_payload = encode(served), encode(own)
+        try:
+            self._store.write_snapshot(self._epoch, self.head.version, payload, own_payload)
+            self._log.trim(self._store.snapshots()[-1].window_position)
+        except (StoreUnavailable, StoreFull) as error:
+            # The version stands; the copy is written with the next one.
+            self._metrics.store_errors(1)
+            _log.warning("no snapshot of version %d: %s", self.head.version, error)
+            return
+        self._snapshot_due, self._since_snapshot = False, 0
+        self._metrics.snapshot_written(len(payload) + len(own_payload), self._clock() - started)
+
+
+def now_ms() -> int:
+    """Return the wall clock in milliseconds since 1970; for what is shown, never for what is learned."""
+    return time.time_ns() // 1_000_000
