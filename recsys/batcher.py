@@ -1,10 +1,14 @@
-"""Batcher: everything that waits while one batch is being worked on forms the next, in one thread, with no timer."""
+"""Batcher: everything that waits while one batch is being worked on forms the next, in one thread, with no timer.
+
+What cannot be in time is refused when it comes, which costs next to nothing, and never worked on: under overload the
+work that is done is done for callers who still wait for it.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -13,6 +17,9 @@ from recsys.errors import DeadlinePassed, Overloaded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# Batches whose times the waiting is judged by. The shortest counts: one that was slow by chance refuses nobody.
+RECENT = 3
 
 
 class Batcher(Generic[Item, Result]):
@@ -31,13 +38,18 @@ class Batcher(Generic[Item, Result]):
         max_batch: int,
         queue_limit: int,
         size: Callable[[Item], int] = lambda item: 1,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
         self._handler = handler
         self._max_batch = max_batch
         self._queue_limit = queue_limit
         self._size = size
-        self._queue: deque[tuple[Item, float | None, Future[Result]]] = deque()
+        self._clock = clock
+        self._queue: OrderedDict[Future[Result], tuple[Item, float | None]] = OrderedDict()
+        self._waiting_size = 0
+        self._batch_seconds: deque[float] = deque(maxlen=RECENT)
+        self._batch_started: float | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"recsys-{name}", daemon=True)
@@ -47,19 +59,31 @@ class Batcher(Generic[Item, Result]):
         """Queue an item; its future ends with the handler's result, or with what stood in the way.
 
         `deadline` is in seconds of time.monotonic(). An item whose deadline has passed when its turn comes ends with
-        DeadlinePassed, and the handler never sees it, nor one whose future was cancelled.
+        DeadlinePassed, and the handler never sees it, nor one whose future was cancelled: that leaves the queue.
 
         Raises:
-            Overloaded: when the queue is full or closed.
+            Overloaded: when the queue is full or closed, or when by the length of the queue and the time of recent
+                batches the result would come after the deadline.
         """
         future: Future[Result] = Future()
         with self._changed:
             if self._closed:
                 raise Overloaded(f"the {self._name} queue is closed: the server is stopping")
+            now = self._clock()
+            wait = self._wait(now)
             if len(self._queue) >= self._queue_limit:
-                raise Overloaded(f"the {self._name} queue is full: {self._queue_limit} calls are waiting")
-            self._queue.append((item, deadline, future))
+                raise Overloaded(f"the {self._name} queue is full: {self._queue_limit} calls are waiting", wait)
+            # An item that meets no other is always taken: were it refused too, nothing would correct the estimate.
+            if deadline is not None and wait and now < deadline < now + wait + min(self._batch_seconds):
+                raise Overloaded(
+                    f"the {self._name} queue is too long: {len(self._queue)} calls are waiting, and the deadline would "
+                    "pass before the turn of this one is over",
+                    wait,
+                )
+            self._queue[future] = (item, deadline)
+            self._waiting_size += self._size(item)
             self._changed.notify()
+        future.add_done_callback(self._leave)
         return future
 
     def __len__(self) -> int:
@@ -73,11 +97,29 @@ class Batcher(Generic[Item, Result]):
             self._changed.notify()
         self._thread.join()
 
+    def _wait(self, now: float) -> float:
+        """Estimate when the batch of an item that comes now will begin: 0 when at once, or when nothing is known."""
+        if not self._batch_seconds or (self._batch_started is None and not self._queue):
+            return 0.0
+        seconds = min(self._batch_seconds)
+        left = max(0.0, self._batch_started + seconds - now) if self._batch_started is not None else 0.0
+        return left + seconds * (self._waiting_size // self._max_batch)
+
+    def _leave(self, future: Future[Result]) -> None:
+        if future.cancelled():
+            with self._changed:
+                self._forget(future)
+
+    def _forget(self, future: Future[Result]) -> None:
+        waiting = self._queue.pop(future, None)
+        if waiting is not None:
+            self._waiting_size -= self._size(waiting[0])
+
     def _work(self) -> None:
         while batch := self._take():
-            now = time.monotonic()
+            now = self._clock()
             live = []
-            for item, deadline, future in batch:
+            for future, item, deadline in batch:
                 if not future.set_running_or_notify_cancel():
                     continue
                 if deadline is not None and deadline <= now:
@@ -85,29 +127,43 @@ class Batcher(Generic[Item, Result]):
                     continue
                 live.append((item, future))
             if live:
-                self._handle(live)
+                with self._changed:
+                    self._batch_started = now
+                results = self._handle(live)
+                with self._changed:
+                    self._batch_seconds.append(self._clock() - now)
+                    self._batch_started = None
+                _end(live, results)
 
-    def _take(self) -> list[tuple[Item, float | None, Future[Result]]]:
+    def _take(self) -> list[tuple[Future[Result], Item, float | None]]:
         """Wait for items and take the next batch; empty when closed and nothing waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
-            batch: list[tuple[Item, float | None, Future[Result]]] = []
+            batch: list[tuple[Future[Result], Item, float | None]] = []
             total = 0
             while self._queue:
-                total += self._size(self._queue[0][0])
+                future, (item, deadline) = next(iter(self._queue.items()))
+                total += self._size(item)
                 if batch and total > self._max_batch:
                     break
-                batch.append(self._queue.popleft())
+                batch.append((future, item, deadline))
+                self._forget(future)
             return batch
 
-    def _handle(self, live: list[tuple[Item, Future[Result]]]) -> None:
+    def _handle(self, live: list[tuple[Item, Future[Result]]]) -> Sequence[Result] | Exception:
         try:
             results = self._handler([item for item, _ in live])
             if len(results) != len(live):
                 raise RuntimeError(f"{self._name}: {len(results)} results for {len(live)} items")
         except Exception as error:
-            for _, future in live:
-                future.set_exception(error)
-            return
-        for (_, future), result in zip(live, results, strict=True):
-            future.set_result(result)
+            return error
+        return results
+
+
+def _end(live: list[tuple[Item, Future[Result]]], results: Sequence[Result] | Exception) -> None:
+    if isinstance(results, Exception):
+        for _, future in live:
+            future.set_exception(results)
+        return
+    for (_, future), result in zip(live, results, strict=True):
+        future.set_result(result)

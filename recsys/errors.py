@@ -41,6 +41,18 @@ class InputFileError(RecsysError):
     reason = "INVALID_FILE"
 
 
+class Unauthenticated(RecsysError):
+    """Refuse a caller that shows no bearer token, or one that is not known."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(RecsysError):
+    """Refuse a caller whose token has none of the roles that the method takes."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class NotReady(RecsysError):
     """Tell that the first weights are not loaded yet; trying again later helps."""
 
@@ -60,9 +72,16 @@ class StoreFull(RecsysError):
 
 
 class Overloaded(RecsysError):
-    """Tell that a bounded queue is full; nothing was done and trying again later helps."""
+    """Tell that a bounded queue is full, or that the call's turn would come too late; nothing was done.
+
+    `retry_seconds` is when trying again may help, None where that is not known.
+    """
 
     reason = "OVERLOADED"
+
+    def __init__(self, message: str, retry_seconds: float | None = None) -> None:
+        self.retry_seconds = retry_seconds
+        super().__init__(message)
 
 
 class DeadlinePassed(RecsysError):

@@ -89,6 +89,13 @@ class ItemTable:
         """Return the number of rows in use, padding included: row numbers lie below it."""
         return len(self.item_ids)
 
+    def clear(self) -> None:
+        """Forget all items; capacity stays."""
+        self.clock = 0
+        self.item_ids, self._index = [""], {}
+        for column in self.columns.values():
+            column.zero_()
+
     def row(self, item_id: str) -> int:
         """Return the item's row, or 0 when the table does not hold it."""
         return self._index.get(item_id, PADDING_ROW)

@@ -19,20 +19,22 @@ from prometheus_client import CollectorRegistry, start_http_server
 from recsys.batcher import Batcher
 from recsys.catalog import Catalog, CatalogMirror
 from recsys.device import choose
-from recsys.errors import AddressInUse
+from recsys.errors import AddressInUse, SettingsError
 from recsys.feedback import Feedback
 from recsys.feedback_log import Appended, FeedbackLog
 from recsys.follower import Follower
 from recsys.histories import Histories
 from recsys.metrics import ServerMetrics
 from recsys.scorer import Answer, Scorer
+from recsys.service.auth import Guard
 from recsys.service.catalog import CatalogItems
 from recsys.service.edge import Edge
 from recsys.service.model import Model
 from recsys.service.recommender import Appending, Question, Recommender, Scoring
 from recsys.service.store_calls import StoreCalls
-from recsys.settings import Settings
+from recsys.settings import Settings, is_loopback
 from recsys.store.connection import connect
+from recsys.tls import Named, read_pem
 from recsys.v1 import catalog_pb2, catalog_pb2_grpc, model_pb2, model_pb2_grpc, recommender_pb2, recommender_pb2_grpc
 from recsys.weights import WeightStore
 
@@ -43,6 +45,11 @@ SERVICES = tuple(
 )
 # How long a stopping server may have to wait for the thread that watches for the first weights.
 READY_SLICE_SECONDS = 0.1
+# A peer that connects and then says nothing holds a connection for this long; the library's two minutes are many.
+HANDSHAKE_SECONDS = 10
+# How long a connection may be silent with calls in flight before it is asked whether it lives, and then to answer.
+KEEPALIVE_SECONDS = 60
+KEEPALIVE_TIMEOUT_SECONDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +80,23 @@ class Server:
         """Listen, then start to load the weights; `port` and `metrics_port` hold the real numbers from here on.
 
         Raises:
+            SettingsError: when the settings would let strangers in, or name files that cannot be used.
             AddressInUse: when a port is taken; nothing keeps running.
         """
         settings = self._settings
+        check_exposure(settings)
+        credentials, guard = _credentials(settings), Guard(settings.tokens_file)
         self._client = connect(settings)
         self._metrics_server, self._metrics_thread = _serve_metrics(settings, self._parts.registry)
         self.metrics_port = self._metrics_server.server_port
         self._grpc = grpc.aio.server(
-            interceptors=[Edge(SERVICES, self._parts.metrics)],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                # With the library's default a taken port is shared in silence, and each server gets half the calls.
-                ("grpc.so_reuseport", 0),
+            interceptors=[
+                Edge(SERVICES, self._parts.metrics, guard, max_answer_bytes=settings.max_message_bytes),
             ],
+            options=_options(settings),
         )
         try:
-            self.port = _listen(self._grpc, settings)
+            self.port = _listen(self._grpc, settings, credentials)
         except AddressInUse:
             await asyncio.to_thread(self._close_metrics)
             raise
@@ -220,9 +228,59 @@ def _serve_metrics(settings: Settings, registry: CollectorRegistry) -> tuple[WSG
         raise AddressInUse(f"cannot serve metrics on {address} (host, metrics_port): {error.strerror}") from error
 
 
-def _listen(server: grpc.aio.Server, settings: Settings) -> int:
+def _options(settings: Settings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        # Both: between the two the library refuses at random.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_connection_idle_ms", round(settings.max_idle_seconds * 1000)),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(settings.min_ping_seconds * 1000)),
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        # With the library's default a taken port is shared in silence, and each server gets half the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def check_exposure(settings: Settings) -> None:
+    """Refuse to be called from other machines by anyone, unless the settings say that this is meant.
+
+    Raises:
+        SettingsError: saying what to set.
+    """
+    missing = [name for name in ("tls_certificate", "tokens_file") if not getattr(settings, name)]
+    if missing and not is_loopback(settings.host) and not settings.insecure:
+        raise SettingsError(
+            f"host: {settings.host} is reached from other machines, so that anyone there could call this server; set "
+            f"{' and '.join(missing)} (with tls_key), or listen on 127.0.0.1, or set insecure = true where the "
+            "network is guarded otherwise"
+        )
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """Read the certificates that the settings name; None without TLS."""
+    pem = read_pem(
+        Named("tls_client_ca", settings.tls_client_ca),
+        Named("tls_certificate", settings.tls_certificate),
+        Named("tls_key", settings.tls_key),
+    )
+    if pem.certificate is None or pem.key is None:
+        return None
+    return grpc.ssl_server_credentials(
+        [(pem.key, pem.certificate)], root_certificates=pem.ca, require_client_auth=pem.ca is not None
+    )
+
+
+def _listen(server: grpc.aio.Server, settings: Settings, credentials: grpc.ServerCredentials | None) -> int:
     address = f"{_bracketed(settings.host)}:{settings.port}"
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise AddressInUse(

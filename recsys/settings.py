@@ -6,8 +6,10 @@ The only module that reads the environment. An unknown setting is refused wherev
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from recsys.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "RECSYS_"
+MASK = "***"
 # Read by other parts than this model: the settings file's path, and the switch of the CUDA tests.
 OTHER_VARIABLES = {"RECSYS_CONFIG", "RECSYS_TEST_CUDA"}
 
@@ -78,7 +81,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # Where things are
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="the store: redis://, rediss:// or unix://")
+    # Not in repr: it may hold a password.
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", repr=False, description="the store: redis://, rediss:// (TLS) or unix://"
+    )
     key_prefix: str = Field(
         "recsys", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="first part of every key in the store"
     )
@@ -178,13 +184,47 @@ class Settings(BaseModel):
 
     # Serving
     worth_weight: float = Field(
-        1.0, ge=0, le=10, description="power of the expected worth in the final order; 0 orders by score alone"
+        0.5, ge=0, le=10, description="power of the expected worth in the final order; 0 orders by score alone"
     )
     max_score_batch: int = Field(32, ge=1, le=4096, description="requests scored together")
     queue_limit: int = Field(
         1024, ge=1, le=1_000_000, description="requests waiting; more are refused with RESOURCE_EXHAUSTED"
     )
     drain_seconds: float = Field(5.0, ge=0, le=600, description="how long a stopping server finishes calls in flight")
+
+    # Security
+    tls_certificate: str = Field("", description="PEM file of the gRPC server's certificate chain; empty: no TLS")
+    tls_key: str = Field("", description="PEM file of that certificate's private key, without a passphrase")
+    tls_client_ca: str = Field(
+        "", description="PEM file of the authorities whose certificates clients must show (mTLS); empty: none needed"
+    )
+    tokens_file: str = Field(
+        "", description="TOML file of bearer tokens by their SHA-256, and their roles; empty: no token needed"
+    )
+    insecure: bool = Field(
+        False, description="listen beyond this machine without TLS and tokens; for networks that are guarded otherwise"
+    )
+    redis_password_file: str = Field(
+        "", description="file with the store's password, read at every connect; instead of one in redis_url"
+    )
+    redis_tls_ca: str = Field(
+        "", description="PEM file of the store's authorities; empty: the system's; needs rediss://"
+    )
+    redis_tls_certificate: str = Field("", description="PEM file of the certificate shown to the store")
+    redis_tls_key: str = Field("", description="PEM file of that certificate's private key")
+    max_metadata_bytes: int = Field(
+        8192, ge=1024, le=1 << 20, description="largest metadata of one gRPC call; a call with more is refused"
+    )
+    max_concurrent_streams: int = Field(
+        1000, ge=1, le=1 << 20, description="calls in flight on one connection; further ones wait in the client"
+    )
+    max_connections: int = Field(4096, ge=1, le=1 << 20, description="gRPC connections at a time; further are closed")
+    max_idle_seconds: float = Field(
+        3600.0, ge=1, le=1_000_000, description="a gRPC connection without calls is closed after this time"
+    )
+    min_ping_seconds: float = Field(
+        30.0, ge=0, le=3600, description="clients that send keepalive pings more often are disconnected"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -199,15 +239,51 @@ class Settings(BaseModel):
             raise ValueError(f"history_length: {self.history_length} is above history_limit {self.history_limit}")
         return self
 
+    @model_validator(mode="after")
+    def _secured(self) -> Settings:
+        for first, second in (("tls_certificate", "tls_key"), ("redis_tls_certificate", "redis_tls_key")):
+            if bool(getattr(self, first)) != bool(getattr(self, second)):
+                raise ValueError(f"{first}, {second}: give both or neither")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("tls_client_ca: needs tls_certificate and tls_key")
+        if (self.redis_tls_ca or self.redis_tls_certificate) and not self.redis_url.startswith("rediss://"):
+            raise ValueError("redis_tls_ca, redis_tls_certificate: need a redis_url that starts with rediss://")
+        return self
+
     @property
     def class_index(self) -> dict[str, int]:
         """Map a class name to its index in `classes`."""
         return {c.name: i for i, c in enumerate(self.classes)}
 
+    def redacted(self) -> dict[str, Any]:
+        """Return every setting as JSON takes it, with a mask for the password in `redis_url`."""
+        return self.model_dump(mode="json") | {"redis_url": masked(self.redis_url)}
+
     def learning_digest(self) -> str:
         """Hash the settings that the learned weights depend on, hexadecimal."""
         text = json.dumps(self.model_dump(mode="json", include=LEARNING_SETTINGS), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def masked(url: str) -> str:
+    """Return a URL with a mask for its password, in whichever of its two places that stands, well-formed or not."""
+    url = re.sub(r"([?&]password=)[^&]*", rf"\1{MASK}", url, flags=re.IGNORECASE)
+    head, at, tail = url.rpartition("@")
+    if not at:
+        return url
+    user = re.fullmatch(r"(\w+://[^:/@]*)(:.*)?", head, flags=re.DOTALL)
+    # What cannot be told apart is hidden as a whole.
+    return (user[1] + (f":{MASK}" if user[2] else "") if user else MASK) + at + tail
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is reached from this machine alone; a name other than localhost counts as not."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def load(
@@ -269,6 +345,7 @@ def _explain(error: ValidationError, origin: dict[str, str]) -> str:
             lines.append(f"unknown setting {name!r}{where}; `recsys config` lists them all")
         else:
             text = problem["msg"].removeprefix("Value error, ")
-            given = f", got {problem['input']!r}" if problem["loc"] and not isinstance(problem["input"], dict) else ""
+            shown = problem["loc"] and problem["loc"][0] != "redis_url" and not isinstance(problem["input"], dict)
+            given = f", got {problem['input']!r}" if shown else ""
             lines.append(f"{name + where + ': ' if name else ''}{text}{given}")
     return "; ".join(lines)

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -102,10 +103,10 @@ def learn_all(settings: Settings) -> bytes:
 
 
 def versions(settings: Settings) -> list[tuple[int, bytes, str, int, int]]:
-    """List the retained versions, oldest first: version, chain, position, feedback learned and added."""
+    """List the retained versions but the first, oldest first: version, chain, position, feedback learned and added."""
     with connect(settings) as client:
         records = WeightStore(client, settings).versions(100_000)
-    return [(r.version, r.chain, r.position, r.feedback_learned, r.feedback_added) for r in reversed(records)]
+    return [(r.version, r.chain, r.position, r.feedback_learned, r.feedback_added) for r in reversed(records) if r.version > 1]
 
 
 def head(settings: Settings) -> tuple[int, bytes, str, int]:
@@ -116,13 +117,13 @@ def head(settings: Settings) -> tuple[int, bytes, str, int]:
     return record.version, record.chain, record.position, record.feedback_learned
 
 
-def replica(settings: Settings, *, snapshots: bool = True) -> Replica:
-    """Read the last version from the store, as a server does; without `snapshots` from the deltas alone."""
+def replica(settings: Settings) -> Replica:
+    """Read the last version from the store, as a server does."""
     found = Replica(settings, CPU)
     with connect(settings) as client:
         store = WeightStore(client, settings)
         version = 0
-        if snapshots and (snapshot := store.load_snapshot()):
+        if snapshot := store.load_snapshot():
             found.apply(snapshot.payload)
             version = snapshot.record.version
         while deltas := store.read_after(version):
@@ -132,9 +133,9 @@ def replica(settings: Settings, *, snapshots: bool = True) -> Replica:
     return found
 
 
-def held(settings: Settings, *, snapshots: bool = True) -> bytes:
+def held(settings: Settings) -> bytes:
     """Return the weights of the last version as bytes."""
-    return encode(replica(settings, snapshots=snapshots).write_all())
+    return encode(replica(settings).write_all())
 
 
 # What becomes of a command: it passes, its connection is cut before the store sees it, or after the store did it.
@@ -199,6 +200,9 @@ class Proxy:
             except OSError:
                 return
             with store:
+                for one in (client, store):
+                    # Else each of several small answers in a row waits for the other side's acknowledgement.
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with self._lock:
                     self._sockets |= {client, store}
                 with suppress(OSError):
@@ -244,7 +248,5 @@ def _read_answer(store: socket.socket) -> bytes:
 
 def script_sha(client: redis.Redis, name: str) -> bytes:
     """Return what EVALSHA calls a script of the weights by."""
-    from importlib.resources import files
-
     source = files("recsys.weights").joinpath(name).read_text(encoding="utf-8")
     return str(client.register_script(source).sha).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", "-c", metavar="FILE", envvar=f"{ENVIRONMENT_PREFIX}CONFIG", help="TOML file of settings"),
 ]
+
+# Not from the environment: that must not go before a file given ahead of the command.
+OwnConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file of settings")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,6 @@ def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapper(**values: Any) -> Any:
         ctx: typer.Context = values.pop("ctx")
-        # The command's own --config goes before the one ahead of the command.
         file = values.pop("config") or ctx.obj
         texts = {name: values.pop(name) for name in flags}
         return command(given=_effective(ctx, texts, file), **values)
@@ -52,7 +55,7 @@ def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [
         *(p.replace(kind=kind) for p in own if p.name != "given"),
         inspect.Parameter("ctx", kind, annotation=typer.Context),
-        inspect.Parameter("config", kind, annotation=ConfigFile, default=None),
+        inspect.Parameter("config", kind, annotation=OwnConfigFile, default=None),
         *(inspect.Parameter(name, kind, annotation=hint, default=None) for name, hint in flags.items()),
     ]
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # how functions tell theirs
@@ -93,12 +96,12 @@ def _metavar(annotation: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return class_text(value) if isinstance(value, tuple) else str(value).lower() if value is True else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return class_text(value) if isinstance(value, tuple) else str(value)
 
 
 def class_text(classes: tuple[FeedbackClass, ...]) -> str:
     """Write feedback classes as the setting takes them: the preset's name if they are one, else JSON."""
-    import json
-
     preset = next((name for name, known in CLASS_PRESETS.items() if known == classes), None)
     return preset or json.dumps([c.model_dump() for c in classes])

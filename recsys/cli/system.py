@@ -31,6 +31,8 @@ KEEP_PAGES = {
 # Beyond drain_seconds: a stopping part may have a version to commit, or an append-only file to write.
 STOP_SECONDS = 60.0
 PR_SET_PDEATHSIG = 1
+# What the settings say of how to reach another store does not hold for the embedded one, on loopback.
+PLAIN_STORE = dict.fromkeys(("redis_password_file", "redis_tls_ca", "redis_tls_certificate", "redis_tls_key"), "")
 
 
 class PartStopped(RecsysError):
@@ -50,7 +52,7 @@ class Part:
         self.name = name
         self._process = subprocess.Popen(
             [sys.executable, "-m", "recsys", command],
-            env=_environment(settings),
+            env=environment_of(settings),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,7 +82,12 @@ class Part:
 
     def pass_on(self) -> None:
         """Print on stderr what the part prints from here on, in a thread: a full pipe would hold it up."""
-        threading.Thread(target=lambda: [print(text, end="", file=sys.stderr) for text in self._stdout]).start()
+
+        def copy() -> None:
+            for text in self._stdout:
+                print(text, end="", file=sys.stderr)
+
+        threading.Thread(target=copy, name=self.name).start()
 
     def check(self) -> None:
         """Raise PartStopped when the part does not run any more."""
@@ -148,7 +155,7 @@ class System:
     def _start(self) -> None:
         store = self._run("store", self._settings)
         (url,) = store.ready(r"storing in .* at (\S+)")
-        settings = self._settings.model_copy(update={"redis_url": url})
+        settings = self._settings.model_copy(update={"redis_url": url, **PLAIN_STORE})
         trainer, server = self._run("trainer", settings, "train"), self._run("server", settings, "serve")
         (trainer_metrics,) = trainer.ready(r"learning on .*metrics on (\S+)")
         grpc, metrics = server.ready(r"serving on (\S+), metrics on (\S+)")
@@ -174,7 +181,7 @@ class System:
             part.stop(None if part.name == "store" else self._settings.drain_seconds + STOP_SECONDS)
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def environment_of(settings: Settings) -> dict[str, str]:
     """Make a part's environment: ours, and every setting, so that no part sees others than we do."""
     values: dict[str, Any] = settings.model_dump(mode="json")
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}

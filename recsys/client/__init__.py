@@ -2,7 +2,7 @@
 
 from recsys.client.aio import AsyncClient
 from recsys.client.calls import FeedbackResult, Recommendation, Recommendations, Score, Scores
-from recsys.client.channel import CallFailed
+from recsys.client.channel import CallFailed, TlsOptions
 from recsys.client.sync import Client
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "Recommendations",
     "Score",
     "Scores",
+    "TlsOptions",
 ]

@@ -12,7 +12,7 @@ import grpc.aio
 from recsys.catalog import CategoryFilter, Item
 from recsys.client import calls
 from recsys.client.calls import Call, FeedbackResult, Recommendations, Scores
-from recsys.client.channel import OPTIONS, multicallables, to_error
+from recsys.client.channel import TlsOptions, metadata_of, multicallables, open_channel, to_error
 from recsys.feedback import Feedback
 from recsys.v1 import model_pb2
 
@@ -22,9 +22,12 @@ Result = TypeVar("Result")
 class AsyncClient:
     """Call a server at `target` ("host:port") from one event loop; everything else is as in Client."""
 
-    def __init__(self, target: str, *, timeout: float = 1.0) -> None:
+    def __init__(
+        self, target: str, *, timeout: float = 1.0, tls: TlsOptions | None = None, token: str | None = None
+    ) -> None:
         self._timeout = timeout
-        self._channel = grpc.aio.insecure_channel(target, options=OPTIONS)
+        self._metadata = metadata_of(tls, token)
+        self._channel = open_channel(grpc.aio, target, tls, token)
         self._methods = multicallables(self._channel)
 
     async def recommend(
@@ -106,7 +109,7 @@ class AsyncClient:
     async def _do(self, call: Call[Result], timeout: float | None) -> Result:
         try:
             seconds = self._timeout if timeout is None else timeout
-            response = await self._methods[call.method](call.request, timeout=seconds)
+            response = await self._methods[call.method](call.request, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as failure:
             raise to_error(failure) from failure
         return call.parse(response)

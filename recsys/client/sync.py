@@ -11,7 +11,7 @@ import grpc
 from recsys.catalog import CategoryFilter, Item
 from recsys.client import calls
 from recsys.client.calls import Call, FeedbackResult, Recommendations, Scores
-from recsys.client.channel import OPTIONS, multicallables, to_error
+from recsys.client.channel import TlsOptions, metadata_of, multicallables, open_channel, to_error
 from recsys.feedback import Feedback
 from recsys.v1 import model_pb2
 
@@ -24,11 +24,19 @@ class Client:
     A call ends after `timeout` seconds at the latest. It is repeated within that time when the server is UNAVAILABLE.
     Every method raises a RecsysError: the one that the server raised, or CallFailed when the call did not get that far;
     the gRPC error is its `__cause__`.
+
+    `tls` encrypts the connection; without it a `token` is sent to a server on this machine only.
+
+    Raises:
+        SettingsError: when a file of `tls` cannot be used, or the token would cross a network in the clear.
     """
 
-    def __init__(self, target: str, *, timeout: float = 1.0) -> None:
+    def __init__(
+        self, target: str, *, timeout: float = 1.0, tls: TlsOptions | None = None, token: str | None = None
+    ) -> None:
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(target, options=OPTIONS)
+        self._metadata = metadata_of(tls, token)
+        self._channel = open_channel(grpc, target, tls, token)
         self._methods = multicallables(self._channel)
 
     def recommend(
@@ -112,7 +120,8 @@ class Client:
 
     def _do(self, call: Call[Result], timeout: float | None) -> Result:
         try:
-            response = self._methods[call.method](call.request, timeout=self._timeout if timeout is None else timeout)
+            seconds = self._timeout if timeout is None else timeout
+            response = self._methods[call.method](call.request, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as failure:
             raise to_error(failure) from failure
         return call.parse(response)

@@ -1,4 +1,4 @@
-"""Edge: what every call passes on its way in and out: request id, numbers, parsing, deadline and errors."""
+"""Edge: what every call passes on its way in and out: request id, numbers, permission, parsing, deadline and errors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 
 from recsys.errors import DeadlinePassed, InvalidInput, NotReady, Overloaded, Violation
 from recsys.metrics import ServerMetrics
+from recsys.service.auth import Guard
 from recsys.service.errors import to_status, wire_error
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,11 +49,16 @@ def deadline_of(context: Context) -> float:
 
 
 class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
-    """Wrap every method of our own services; health and reflection pass as they are."""
+    """Wrap every method of our own services; health and reflection pass as they are, and need no token.
 
-    def __init__(self, services: Sequence[str], metrics: ServerMetrics) -> None:
+    Whether the caller may call at all is asked before its message is looked at.
+    """
+
+    def __init__(self, services: Sequence[str], metrics: ServerMetrics, guard: Guard, *, max_answer_bytes: int) -> None:
         self._services = frozenset(services)
         self._metrics = metrics
+        self._guard = guard
+        self._max_answer_bytes = max_answer_bytes
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
@@ -74,9 +80,10 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
     def _wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         service, name = method.removeprefix("/").split("/")
         parse: Any = handler.request_deserializer
+        serialize: Any = handler.response_serializer
         behavior: Any = handler.unary_unary
 
-        async def call(data: bytes, context: Context) -> Any:
+        async def call(data: bytes, context: Context) -> bytes:
             started = time.perf_counter()
             self._metrics.rpc_started(service, name)
 
@@ -84,7 +91,9 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
                 self._metrics.rpc_handled(service, name, code.name, time.perf_counter() - started)
 
             try:
-                response = await behavior(_parse(parse, data), context)
+                self._guard.check(method, context.invocation_metadata() or ())
+                answer: bytes = serialize(await behavior(_parse(parse, data), context))
+                self._check_size(answer)
             except asyncio.CancelledError:
                 # The library cancels the handler both when the caller hangs up and when its deadline passes.
                 late = context.time_remaining() == 0
@@ -96,11 +105,17 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
                 handled(status.code)
                 await context.abort(status.code, status.details, status.trailing_metadata)
             handled(grpc.StatusCode.OK)
-            return response
+            return answer
 
-        # No deserializer: the library answers UNKNOWN to bytes that do not parse, where the fault is the caller's.
+        # No deserializer: the library answers UNKNOWN to bytes that do not parse, where the fault is the caller's. No
+        # serializer: it ends a call whose answer is too large without a reason, and after it was counted as OK.
         behavior_of_bytes: Any = call
-        return grpc.unary_unary_rpc_method_handler(behavior_of_bytes, response_serializer=handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(behavior_of_bytes)
+
+    def _check_size(self, answer: bytes) -> None:
+        if len(answer) > self._max_answer_bytes:
+            given = f"asks for an answer of {len(answer)} bytes; at most {self._max_answer_bytes} fit a message"
+            raise InvalidInput([Violation("request", f"{given}; ask for less at a time")])
 
     def _explain(self, error: Exception, method: str, context: Context) -> Any:
         request_id = _request_id(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -33,6 +34,8 @@ TABLE: dict[type[errors.RecsysError], WireError] = {
     errors.InvalidInput: WireError(code_pb2.INVALID_ARGUMENT),
     errors.SettingsError: _INTERNAL,
     errors.InputFileError: _INTERNAL,
+    errors.Unauthenticated: WireError(code_pb2.UNAUTHENTICATED),
+    errors.PermissionDenied: WireError(code_pb2.PERMISSION_DENIED),
     errors.NotReady: WireError(code_pb2.UNAVAILABLE, retry_seconds=1.0),
     errors.StoreUnavailable: WireError(
         code_pb2.UNAVAILABLE,
@@ -61,7 +64,8 @@ def wire_error(error: Exception) -> WireError:
 def to_status(error: Exception, *, method: str, request_id: str) -> status_pb2.Status:
     """Write an error as google.rpc.Status with its details; `method` is the full name, such as /recsys.v1.X/Y.
 
-    ErrorInfo and RequestInfo always; BadRequest for InvalidInput; RetryInfo where the table names a delay.
+    ErrorInfo and RequestInfo always; BadRequest for InvalidInput; RetryInfo where the table names a delay, with the
+    error's own where it knows better.
     """
     wire = wire_error(error)
     reason = error.reason if isinstance(error, errors.RecsysError) else errors.RecsysError.reason
@@ -78,8 +82,9 @@ def to_status(error: Exception, *, method: str, request_id: str) -> status_pb2.S
             )
         )
     if wire.retry_seconds is not None:
+        seconds = (error.retry_seconds if isinstance(error, errors.Overloaded) else None) or wire.retry_seconds
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(wire.retry_seconds * 1000))
+        retry.retry_delay.FromMilliseconds(math.ceil(seconds * 1000))
         details.append(retry)
     details.append(error_details_pb2.RequestInfo(request_id=request_id))
     details.insert(0, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))

@@ -1,16 +1,21 @@
-"""The connection to Redis or Valkey: no silent repeats, bounded waits, and our own errors."""
+"""The connection to Redis or Valkey: no silent repeats, bounded waits, no secret in any text, and our own errors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
 from recsys.errors import SettingsError, StoreFull, StoreUnavailable
-from recsys.settings import Settings
+from recsys.settings import Settings, masked
+from recsys.tls import Named, read_pem
 
 
 def connect(settings: Settings) -> redis.Redis:
@@ -21,19 +26,72 @@ def connect(settings: Settings) -> redis.Redis:
     passing less than that to BLOCK.
 
     Raises:
-        SettingsError: when the URL is malformed.
+        SettingsError: when the URL is malformed, or a password or TLS file cannot be used.
     """
     try:
-        return redis.Redis.from_url(
-            settings.redis_url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=settings.store_timeout_seconds,
-            socket_connect_timeout=settings.store_timeout_seconds,
-            health_check_interval=0,
-        )
-    except ValueError as error:
-        raise SettingsError(f"redis_url: {error}") from None
+        options = parse_url(settings.redis_url)
+    except ValueError:
+        # The library's text may quote a part of the password.
+        raise SettingsError(
+            f"redis_url: {masked(settings.redis_url)} is no URL of a store; write redis://[user:password@]host:port/0, "
+            "rediss:// for TLS, or unix://path, with special characters of the password percent-encoded"
+        ) from None
+    pool = redis.ConnectionPool(
+        **{
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 0),
+            "socket_timeout": settings.store_timeout_seconds,
+            "socket_connect_timeout": settings.store_timeout_seconds,
+            "health_check_interval": 0,
+            **_tls(settings),
+            **options,
+            **_password(settings, options),
+        }
+    )
+    return redis.Redis.from_pool(pool)
+
+
+class PasswordFile(CredentialProvider):
+    """Give the library what stands in a file at the moment it connects, so that a password can be replaced."""
+
+    def __init__(self, path: Path, username: str | None) -> None:
+        self._path = path
+        self._username = username
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Return the password, behind the user's name if there is one."""
+        try:
+            password = self._path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise redis.exceptions.AuthenticationError(
+                f"redis_password_file: cannot read {self._path}: {getattr(error, 'strerror', 'it is not UTF-8')}"
+            ) from None
+        if not password:
+            raise redis.exceptions.AuthenticationError(f"redis_password_file: {self._path} is empty")
+        return (self._username, password) if self._username else (password,)
+
+
+def _password(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
+    if not settings.redis_password_file:
+        return {}
+    if options.get("password"):
+        raise SettingsError("redis_url, redis_password_file: the password stands in both; leave it out of the URL")
+    provider = PasswordFile(Path(settings.redis_password_file), options.get("username"))
+    try:
+        provider.get_credentials()
+    except redis.exceptions.AuthenticationError as error:
+        raise SettingsError(str(error)) from None
+    return {"credential_provider": provider, "username": None}
+
+
+def _tls(settings: Settings) -> dict[str, Any]:
+    given = {
+        "ssl_ca_certs": Named("redis_tls_ca", settings.redis_tls_ca),
+        "ssl_certfile": Named("redis_tls_certificate", settings.redis_tls_certificate),
+        "ssl_keyfile": Named("redis_tls_key", settings.redis_tls_key),
+    }
+    read_pem(*given.values())
+    return {option: file.path for option, file in given.items() if file.path}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import WeightPayload, decode, encode
-from recsys.weights.record import Lineage
+from recsys.weights.record import Lineage, LogRange
 from recsys.weights.store import Delta, Snapshot, WeightStore
 
-__all__ = ["Delta", "Lineage", "Snapshot", "VersionRecord", "WeightPayload", "WeightStore", "decode", "encode"]
+__all__ = ["Delta", "Lineage", "LogRange", "Snapshot", "VersionRecord", "WeightPayload", "WeightStore", "decode", "encode"]

@@ -33,13 +33,14 @@ class WeightPayload:
     """Hold whole dense tensors by name, and the changed rows of the item table.
 
     `rows` are the changed rows, int32, ascending; each of `columns` has one entry of its first axis for each of them.
-    `new_items` are the items that got a row, with that row. Two payloads are equal when their `encode` is.
+    `new_items` are the items that got a row, with that row. `whole` says that this is all of a version. Two payloads are equal when their `encode` is.
     """
 
     dense: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     rows: NDArray[np.int32] = field(default_factory=_no_rows)
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     new_items: list[tuple[str, int]] = field(default_factory=list)
+    whole: bool = False
 
 
 def encode(payload: WeightPayload) -> bytes:
@@ -61,6 +62,7 @@ def encode(payload: WeightPayload) -> bytes:
         columns=_pack(payload.columns),
         new_item_ids=[item_id for item_id, _ in payload.new_items],
         new_item_rows=np.array([row for _, row in payload.new_items], ROW).tobytes(),
+        whole=payload.whole,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -83,6 +85,7 @@ def decode(data: bytes) -> WeightPayload:
         rows=_unpack_rows("rows", message.rows),
         columns=_unpack(message.columns),
         new_items=list(zip(message.new_item_ids, new_rows.tolist(), strict=True)),
+        whole=message.whole,
     )
     if problem := _problem(payload):
         raise CorruptWeights(problem)

@@ -17,6 +17,14 @@ M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
+class LogRange:
+    """Name a part of the feedback log: what stands behind `after`, up to and including `until`."""
+
+    after: str
+    until: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lineage:
     """Say where a version comes from; VersionRecord in the proto tells what each field means."""
 
@@ -28,6 +36,10 @@ class Lineage:
     accepted_ms: Sequence[int]
     committed_ms: int
     window_position: str = "0-0"
+    kind: str = "learned"
+    restored_version: int = 0
+    set_aside: Sequence[LogRange] = ()
+    reason: str = ""
 
 
 def checksum(data: bytes) -> bytes:

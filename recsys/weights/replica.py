@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Replica:
     def write_all(self) -> WeightPayload:
         """Write everything."""
         table = self.table
-        return self.write(torch.arange(table.rows, device=self.device), items_of(table))
+        return replace(self.write(torch.arange(table.rows, device=self.device), items_of(table)), whole=True)
 
     def check(self, payload: WeightPayload) -> None:
         """Refuse a payload that does not fit this network and table; nothing is changed.
@@ -55,8 +56,13 @@ class Replica:
         for name in SERVED_COLUMNS:
             column = self.table.columns[name]
             _fits(name, payload.columns[name], (len(payload.rows), *column.shape[1:]), column.dtype)
-        if len(payload.rows) and payload.rows[-1] >= self.table.rows + len(payload.new_items):
+        rows = 1 if payload.whole else self.table.rows
+        if len(payload.rows) and payload.rows[-1] >= rows + len(payload.new_items):
             raise CorruptWeights(f"row {payload.rows[-1]} is not in use")
+        if [row for _, row in payload.new_items] != list(range(rows, rows + len(payload.new_items))):
+            raise CorruptWeights(f"new items do not continue the {rows} rows in use")
+        if not payload.whole and any(self.table.row(item_id) for item_id, _ in payload.new_items):
+            raise CorruptWeights("a new item already has a row")
 
     def apply(self, payload: WeightPayload) -> None:
         """Move to the version that the payload leads to, whole or not at all.
@@ -65,11 +71,10 @@ class Replica:
             CorruptWeights: when the payload does not fit; nothing was changed then.
         """
         self.check(payload)
+        if payload.whole:
+            self.table.clear()
         tensors = {name: to_tensor(array, self.device) for name, array in payload.columns.items()}
-        try:
-            self.table.write(to_tensor(payload.rows, self.device).to(torch.int64), tensors, payload.new_items)
-        except ValueError as error:
-            raise CorruptWeights(str(error)) from None
+        self.table.write(to_tensor(payload.rows, self.device).to(torch.int64), tensors, payload.new_items)
         dense = dict(payload.dense)
         self.table.clock = int(dense.pop(CLOCK)[0])
         self.network.load_state_dict({name: to_tensor(array, self.device) for name, array in dense.items()})

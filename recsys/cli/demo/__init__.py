@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from recsys.feedback_file import Columns
     from recsys.settings import Settings
 
-# About a minute and a half on two shared cores.
-EVENTS = 20_000
+# Somewhat over a minute on two shared cores.
+EVENTS = 12_000
 DIRECTORY = "demo"
 
 
@@ -116,6 +116,7 @@ async def _play(
     from recsys.cli.demo.trial import Trial
     from recsys.cli.demo.view import View
     from recsys.client import AsyncClient
+    from recsys.errors import RecsysError
 
     ended, given_up = asyncio.Event(), asyncio.Event()
 
@@ -135,11 +136,17 @@ async def _play(
 
             watching = asyncio.create_task(trial.watch(show))
             running = asyncio.create_task(trial.run(ended))
-            await asyncio.wait({watching, running}, return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
+            try:
+                await asyncio.wait({watching, running}, return_when=asyncio.FIRST_COMPLETED)
+                if watching.done():
+                    watching.result()
+                await running
+                await trial.settle(given_up)
+            except RecsysError:
+                # That a part has stopped explains more than what failed for it.
+                system.check()
+                raise
+            finally:
                 running.cancel()
-                watching.result()
-            await running
-            watching.cancel()
-            await trial.settle(given_up)
+                watching.cancel()
         return trial.numbers(), await trial.examples()

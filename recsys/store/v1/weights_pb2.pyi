@@ -19,21 +19,31 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class WeightPayload(_message.Message):
-    __slots__ = ("dense", "rows", "columns", "new_item_ids", "new_item_rows")
+    __slots__ = ("dense", "rows", "columns", "new_item_ids", "new_item_rows", "whole")
     DENSE_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     NEW_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
     NEW_ITEM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     dense: _containers.RepeatedCompositeFieldContainer[Tensor]
     rows: bytes
     columns: _containers.RepeatedCompositeFieldContainer[Tensor]
     new_item_ids: _containers.RepeatedScalarFieldContainer[str]
     new_item_rows: bytes
-    def __init__(self, dense: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., rows: _Optional[bytes] = ..., columns: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., new_item_ids: _Optional[_Iterable[str]] = ..., new_item_rows: _Optional[bytes] = ...) -> None: ...
+    whole: bool
+    def __init__(self, dense: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., rows: _Optional[bytes] = ..., columns: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., new_item_ids: _Optional[_Iterable[str]] = ..., new_item_rows: _Optional[bytes] = ..., whole: _Optional[bool] = ...) -> None: ...
+
+class Range(_message.Message):
+    __slots__ = ("after", "until")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    after: str
+    until: str
+    def __init__(self, after: _Optional[str] = ..., until: _Optional[str] = ...) -> None: ...
 
 class VersionRecord(_message.Message):
-    __slots__ = ("version", "parent", "epoch", "position", "feedback_learned", "feedback_added", "committed_ms", "settings_digest", "checksum", "trainer_checksum", "chain", "chunks", "bytes", "trainer_chunks", "trainer_bytes", "metrics", "accepted_ms", "attempt", "window_position")
+    __slots__ = ("version", "parent", "epoch", "position", "feedback_learned", "feedback_added", "committed_ms", "settings_digest", "checksum", "trainer_checksum", "chain", "chunks", "bytes", "trainer_chunks", "trainer_bytes", "metrics", "accepted_ms", "attempt", "window_position", "kind", "restored_version", "set_aside", "reason")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +70,10 @@ class VersionRecord(_message.Message):
     ACCEPTED_MS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     WINDOW_POSITION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SET_ASIDE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     version: int
     parent: int
     epoch: int
@@ -79,7 +93,11 @@ class VersionRecord(_message.Message):
     accepted_ms: _containers.RepeatedScalarFieldContainer[int]
     attempt: str
     window_position: str
-    def __init__(self, version: _Optional[int] = ..., parent: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., committed_ms: _Optional[int] = ..., settings_digest: _Optional[str] = ..., checksum: _Optional[bytes] = ..., trainer_checksum: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., trainer_chunks: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., accepted_ms: _Optional[_Iterable[int]] = ..., attempt: _Optional[str] = ..., window_position: _Optional[str] = ...) -> None: ...
+    kind: str
+    restored_version: int
+    set_aside: _containers.RepeatedCompositeFieldContainer[Range]
+    reason: str
+    def __init__(self, version: _Optional[int] = ..., parent: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., committed_ms: _Optional[int] = ..., settings_digest: _Optional[str] = ..., checksum: _Optional[bytes] = ..., trainer_checksum: _Optional[bytes] = ..., chain: _Optional[bytes] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., trainer_chunks: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., accepted_ms: _Optional[_Iterable[int]] = ..., attempt: _Optional[str] = ..., window_position: _Optional[str] = ..., kind: _Optional[str] = ..., restored_version: _Optional[int] = ..., set_aside: _Optional[_Iterable[_Union[Range, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SnapshotRecord(_message.Message):
     __slots__ = ("version", "epoch", "attempt", "checksum", "trainer_checksum", "chunks", "bytes", "trainer_chunks", "trainer_bytes", "record")

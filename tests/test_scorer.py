@@ -1,0 +1,519 @@
+"""The scorer: every answer is what the arithmetic says of one whole version, and nothing hidden comes back."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import redis
+import torch
+from learning import CPU, START_MS, small
+
+from recsys.catalog import Catalog, CatalogMirror, CategoryFilter, Item
+from recsys.encoding import RowHistory, encode_contexts
+from recsys.errors import CorruptWeights, NotReady
+from recsys.item_table import TREND_DECAYS
+from recsys.network import Histories
+from recsys.scorer import Answer, Query, ScoredItem, Scorer
+from recsys.settings import Settings
+from recsys.store.v1.log_pb2 import HistoryEntry
+from recsys.store.v1.weights_pb2 import VersionRecord
+from recsys.v1.recommender_pb2 import SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING
+from recsys.weights import WeightPayload, encode
+from recsys.weights.replica import Replica
+from trainer.examples import Event
+from trainer.examples import encode as encode_events
+from trainer.learner import Learner
+
+CYCLE = 30
+ITEMS = 150
+NOW_MS = START_MS + 10_000
+VERSIONS = 4
+
+
+def walked(start: int, length: int) -> tuple[HistoryEntry, ...]:
+    """Return the history of a user who went round the circle, item by item, second by second, until just now."""
+    return tuple(
+        HistoryEntry(
+            item_id=f"item-{(start + place) % CYCLE}",
+            feedback_class="click",
+            time_ms=NOW_MS - 1000 * (length - place),
+        )
+        for place in range(length)
+    )
+
+
+def example(learner: Learner, history: tuple[HistoryEntry, ...], item: int, kind: int = 1) -> Event:
+    row = learner.table.row
+    rows = RowHistory([row(e.item_id) for e in history], [1] * len(history), [e.time_ms for e in history])
+    return Event(row(f"item-{item}"), kind, NOW_MS, rows, {"page": "a"} if item % 2 else {})
+
+
+def planted(settings: Settings) -> list[tuple[VersionRecord, WeightPayload, WeightPayload]]:
+    """Learn a world where item n + 1 follows item n; return each version as a record, a delta and a whole copy."""
+    learner = Learner(settings, CPU)
+    draw = np.random.default_rng(5)
+    versions: list[tuple[VersionRecord, WeightPayload, WeightPayload]] = []
+    for version in range(1, VERSIONS + 1):
+        first_new = learner.table.rows
+        # Twenty more items are there from version 2 on, and so on: every version brings new rows.
+        learner.allocate(f"item-{n}" for n in range(min(ITEMS, 90 + 20 * version)))
+        for _ in range(40 if version == 1 else 3):
+            events = []
+            for _ in range(settings.batch_size):
+                start = int(draw.integers(CYCLE))
+                events.append(example(learner, walked(start, 5), (start + 5) % CYCLE, int(draw.integers(1, 4))))
+            events[0] = example(learner, (), int(draw.integers(learner.table.rows - 1)))
+            events[1] = example(learner, walked(3, 2), int(draw.integers(learner.table.rows - 1)), 0)
+            learner.step(encode_events(events, settings))
+        rows = learner.take_changed() if versions else torch.arange(learner.table.rows)
+        delta, _ = learner.write(rows, first_new)
+        record = VersionRecord(version=version, committed_ms=version, feedback_learned=version)
+        versions.append((record, delta, learner.replica.write_all()))
+        learner.take_changed()
+    return versions
+
+
+@pytest.fixture(scope="module")
+def learning_settings() -> Settings:
+    return small(Settings(), dimension=16, batch_size=16, replay_size=16, negatives=32, row_learning_rate=0.2, worth_weight=0.75)
+
+
+@pytest.fixture(scope="module")
+def versions(learning_settings: Settings) -> list[tuple[VersionRecord, WeightPayload, WeightPayload]]:
+    return planted(learning_settings)
+
+
+@pytest.fixture
+def catalog(store: redis.Redis, settings: Settings) -> Catalog:
+    return Catalog(store, settings)
+
+
+@pytest.fixture
+def mirror(catalog: Catalog) -> CatalogMirror:
+    mirror = CatalogMirror(catalog)
+    mirror.refresh()
+    return mirror
+
+
+Versions = list[tuple[VersionRecord, WeightPayload, WeightPayload]]
+
+
+@pytest.fixture
+def empty(learning_settings: Settings, mirror: CatalogMirror) -> Scorer:
+    return Scorer(learning_settings, mirror, CPU)
+
+
+@pytest.fixture
+def scorer(empty: Scorer, versions: Versions) -> Scorer:
+    record, _, whole = versions[-1]
+    empty.load(record, whole, 7)
+    return empty
+
+
+def ask(scorer: Scorer, **fields: object) -> list[ScoredItem]:
+    query = Query(**{"history": walked(3, 5), **fields})  # type: ignore[arg-type]
+    return list(scorer.answer([query], NOW_MS)[0].items)
+
+
+def ids(items: list[ScoredItem]) -> list[str]:
+    return [item.item_id for item in items]
+
+
+# The arithmetic, item by item
+
+
+class Plain:
+    """Compute answers one item at a time; of the network only the layers' outputs are taken over."""
+
+    def __init__(self, settings: Settings, whole: WeightPayload) -> None:
+        self.settings = settings
+        self.replica = Replica(settings, CPU)
+        self.replica.apply(whole)
+        self.replica.network.eval()
+        self.columns = {name: tensor.tolist() for name, tensor in self.replica.table.columns.items()}
+        self.ids = self.replica.table.item_ids
+
+    def trend(self) -> list[list[float]]:
+        clock, columns = self.replica.table.clock, self.columns
+        logs = [
+            [
+                math.log(columns["trend"][row][s] * decay ** (clock - columns["touched"][row]) + 0.02)
+                for s, decay in enumerate(TREND_DECAYS)
+            ]
+            for row in range(len(self.ids))
+        ]
+        return [[value - max(log[s] for log in logs) for s, value in enumerate(each)] for each in logs]
+
+    def follows(self, history: list[int]) -> dict[int, dict[int, float]]:
+        """Return for each item that follows one of the history by how much it follows which."""
+        total = self.columns["total"]
+        found: dict[int, dict[int, float]] = {}
+        for distance, row in enumerate(reversed(history[-20:]), 1):
+            for item, weight in zip(
+                self.columns["successor"][row], self.columns["successor_weight"][row], strict=True
+            ):
+                if item:
+                    by = weight / distance / math.sqrt(total[row] + 10) / (total[item] + 10) ** 0.25
+                    found.setdefault(item, {})[row] = found.get(item, {}).get(row, 0.0) + by
+        return found
+
+    @torch.no_grad()
+    def scores(self, query: Query) -> tuple[list[float], list[float]]:
+        """Return each row's score, and its final score with the log of its expected worth."""
+        network, table, settings = self.replica.network, self.replica.table, self.settings
+        length = settings.history_length
+        known = [e for e in query.history[-length:] if table.row(e.item_id) and e.feedback_class in settings.class_index]
+        rows = [table.row(e.item_id) for e in known]
+        empty = [0] * (length - len(known))
+        histories = Histories(
+            torch.tensor([empty + rows]),
+            torch.tensor([empty + [1 + settings.class_index[e.feedback_class] for e in known]]),
+            torch.tensor([empty + [((NOW_MS - e.time_ms) // 1000).bit_length() for e in known]]),
+        )
+        vectors = table.columns["vector"][: len(self.ids)]
+        state = network.states(vectors[histories.rows_BL], vectors[histories.rows_BL[:, -1]], histories)[0]
+        weights = network.mixing_weights(histories)[0].tolist()
+        context = network.context_vectors(torch.from_numpy(encode_contexts([query.context], settings)))[0]
+        trend, follows = self.trend(), self.follows(rows)
+        scores, final = [], []
+        for row in range(len(self.ids)):
+            score = weights[0] * float(state.double() @ vectors[row].double())
+            score += sum(weight * value for weight, value in zip(weights[1:-1], trend[row], strict=True))
+            score += weights[-1] * math.log1p(sum(follows.get(row, {}).values()) / 0.01)
+            logits = network.class_logits(state, vectors[row], torch.tensor(trend[row]), context)
+            worth = sum(
+                p * c.worth for p, c in zip(logits.softmax(0).tolist(), settings.classes, strict=True)
+            )
+            scores.append(score)
+            final.append(score + settings.worth_weight * math.log(worth + 1e-6))
+        return scores, final
+
+    def answer(self, query: Query) -> list[tuple[str, float]]:
+        """Return the best items and their scores."""
+        scores, final = self.scores(query)
+        table = self.replica.table
+        hidden = {0, *map(table.row, query.exclude)}
+        hidden |= set() if query.allow_seen else {table.row(entry.item_id) for entry in query.history}
+        shown = sorted((row for row in range(len(self.ids)) if row not in hidden), key=lambda row: -scores[row])
+        best = sorted(shown[: max(100, query.count)], key=lambda row: -final[row])[: query.count]
+        return [(self.ids[row], final[row]) for row in best]
+
+
+def assert_same(items: list[ScoredItem], expected: list[tuple[str, float]], tolerance: float = 2e-4) -> None:
+    """Compare scores, and items wherever the next score is not as good as equal."""
+    assert len(items) == len(expected)
+    assert [item.score for item in items] == pytest.approx([score for _, score in expected], abs=tolerance)
+    for place, (item, (item_id, score)) in enumerate(zip(items, expected, strict=True)):
+        near = [other for other, value in expected if abs(value - score) < 2 * tolerance]
+        assert item.item_id in near or place == len(items) - 1
+
+
+QUERIES = (
+    Query(walked(3, 5)),
+    Query(walked(28, 5), count=25, context={"page": "a"}),
+    Query(walked(11, 2), exclude=frozenset({"item-13", "item-77", "no such item"})),
+    Query(walked(0, 12), count=3, allow_seen=True),
+    Query((), count=40),
+    Query((*walked(7, 2), HistoryEntry(item_id="gone", feedback_class="click", time_ms=NOW_MS)), count=5),
+    Query((HistoryEntry(item_id="item-4", feedback_class="purchase", time_ms=NOW_MS - 86_400_000),)),
+)
+
+
+def test_answers_are_what_the_arithmetic_says(
+    scorer: Scorer, versions: Versions, learning_settings: Settings
+) -> None:
+    plain = Plain(learning_settings, versions[-1][2])
+    together = scorer.answer(QUERIES, NOW_MS)
+    for query, answer in zip(QUERIES, together, strict=True):
+        assert_same(list(answer.items), plain.answer(query))
+        assert [a.score >= b.score for a, b in pairwise(answer.items)] == [True] * (len(answer.items) - 1)
+
+
+def test_an_answer_does_not_depend_on_who_else_asks(scorer: Scorer) -> None:
+    """The items asked about by one user are not chosen from the more that another wants."""
+    query = Query(walked(3, 5), count=100)
+    alone = scorer.answer([query], NOW_MS)[0]
+    greedy = Query(walked(20, 3), count=ITEMS)
+    for others in ([Query(())] * 7, [replace(query, candidates=("item-1",))], [greedy], [greedy, *QUERIES]):
+        beside = scorer.answer([*others, query], NOW_MS)[-1]
+        assert ids(list(beside.items)) == ids(list(alone.items))
+        assert [i.score for i in beside.items] == pytest.approx([i.score for i in alone.items], abs=1e-4)
+        assert [(i.source, i.because) for i in beside.items] == [(i.source, i.because) for i in alone.items]
+
+
+# What must not come back
+
+
+def test_what_the_user_has_is_not_shown_again(scorer: Scorer) -> None:
+    """All of the history counts, not only the part that the network sees."""
+    history = walked(0, 20)
+    found = ids(ask(scorer, history=history, count=ITEMS))
+    assert len(found) == len(set(found)) == ITEMS - 20
+    assert not {e.item_id for e in history} & set(found)
+    assert len(ids(ask(scorer, history=history, count=ITEMS, allow_seen=True))) == ITEMS
+    excluded = frozenset(found[:5])
+    assert set(ids(ask(scorer, history=history, count=ITEMS, exclude=excluded))) == set(found) - excluded
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (7, 7), (ITEMS + 50, ITEMS - 5), (10_000, ITEMS - 5)])
+def test_as_many_as_there_are(scorer: Scorer, count: int, length: int) -> None:
+    assert len(ask(scorer, count=count)) == length
+
+
+def test_no_items_at_all(empty: Scorer, learning_settings: Settings) -> None:
+    empty.load(VersionRecord(version=1), Replica(learning_settings, CPU).write_all(), 0)
+    assert empty.answer([Query(walked(0, 3)), Query(())], NOW_MS) == [Answer(1, []), Answer(1, [])]
+    (item,) = empty.answer([Query((), candidates=("x",))], NOW_MS)[0].items
+    assert not item.known
+
+
+def numbers(items: list[ScoredItem]) -> set[int]:
+    return {int(item.item_id.removeprefix("item-")) for item in items}
+
+
+@pytest.mark.parametrize(
+    ("categories", "passes"),
+    [
+        (CategoryFilter(any_of=frozenset({"three", "five"})), lambda n: n < 60 and (n % 3 == 0 or n % 5 == 0)),
+        (CategoryFilter(all_of=frozenset({"three", "five"})), lambda n: n < 60 and n % 15 == 0),
+        (CategoryFilter(none_of=frozenset({"three"})), lambda n: n >= 60 or n % 3 != 0),
+        (
+            CategoryFilter(frozenset({"three"}), frozenset({"low"}), frozenset({"five"})),
+            lambda n: n < 30 and n % 3 == 0 and n % 5 != 0,
+        ),
+        (CategoryFilter(any_of=frozenset({"nothing"})), lambda n: False),
+        (CategoryFilter(none_of=frozenset({"nothing"})), lambda n: True),
+        (CategoryFilter(), lambda n: True),
+    ],
+)
+def test_filters(scorer: Scorer, catalog: Catalog, mirror: CatalogMirror, categories: CategoryFilter, passes: object) -> None:
+    assert callable(passes)
+    catalog.upsert(
+        [
+            Item(
+                f"item-{n}",
+                categories=tuple(
+                    name for name, true in (("three", n % 3 == 0), ("five", n % 5 == 0), ("low", n < 30)) if true
+                ),
+            )
+            for n in range(60)
+        ]
+    )
+    catalog.upsert([Item("item-without-feedback", categories=("three", "five", "low"))])
+    # The mask of this filter from before the catalogue was filled must not be used after it.
+    ask(scorer, filter=categories)
+    mirror.refresh()
+    for _ in range(2):
+        found = ask(scorer, history=(), count=ITEMS, filter=categories)
+        assert numbers(found) == {n for n in range(ITEMS) if passes(n)}
+    seen = ask(scorer, history=walked(0, 4), count=ITEMS, filter=categories)
+    assert numbers(seen) == {n for n in range(4, ITEMS) if passes(n)}
+
+
+def test_deleted_items_never_come_back(scorer: Scorer, catalog: Catalog, mirror: CatalogMirror) -> None:
+    best = ids(ask(scorer, count=20))
+    catalog.upsert([Item(best[1], categories=("c",)), Item(best[2], categories=("c",))])
+    catalog.delete(best[:2])
+    assert ids(ask(scorer, count=20)) == best
+    mirror.refresh()
+    assert ids(ask(scorer, count=20))[:18] == best[2:]
+    assert ids(ask(scorer, count=20, allow_seen=True, filter=CategoryFilter(any_of=frozenset({"c"})))) == best[2:3]
+    catalog.upsert([Item(best[0])])
+    mirror.refresh()
+    assert ids(ask(scorer, count=19)) == [best[0], *best[2:]]
+
+
+# Sources and reasons
+
+
+@pytest.mark.parametrize(
+    "history", [(), (HistoryEntry(item_id="item-of-nobody", feedback_class="click", time_ms=NOW_MS),)]
+)
+def test_who_is_unknown_gets_what_is_trending(scorer: Scorer, history: tuple[HistoryEntry, ...]) -> None:
+    items = ask(scorer, history=history, count=ITEMS)
+    assert len(items) == ITEMS
+    assert {(item.source, item.because) for item in items} == {(SOURCE_TRENDING, None)}
+
+
+def test_a_planted_habit_is_found_and_explained(
+    scorer: Scorer, versions: Versions, learning_settings: Settings
+) -> None:
+    plain = Plain(learning_settings, versions[-1][2])
+    sources = []
+    for start in range(CYCLE):
+        history = walked(start, 5)
+        best, *_ = items = ask(scorer, history=history, count=10)
+        assert best.item_id == f"item-{(start + 5) % CYCLE}"
+        assert best.source in (SOURCE_TRANSITION, SOURCE_NETWORK)
+        rows = [plain.replica.table.row(e.item_id) for e in history]
+        follows = plain.follows(rows)
+        for item in items:
+            row = plain.replica.table.row(item.item_id)
+            sources.append(item.source)
+            if item.source == SOURCE_TRANSITION:
+                assert follows[row], f"{item.item_id} never followed anything in the history"
+                most = max(follows[row], key=follows[row].__getitem__)
+                assert item.because == plain.ids[most]
+            else:
+                assert item.because is None
+    assert SOURCE_TRANSITION in sources
+    assert sources.count(SOURCE_TRENDING) < len(sources) / 2
+
+
+def test_no_reason_is_made_up(scorer: Scorer, versions: Versions, learning_settings: Settings) -> None:
+    """Whatever is said to follow something of the history has followed it, for every item there is."""
+    plain = Plain(learning_settings, versions[-1][2])
+    for length in (1, 3, 5):
+        history = walked(8, length)
+        follows = plain.follows([plain.replica.table.row(e.item_id) for e in history])
+        for item in ask(scorer, history=history, count=ITEMS, allow_seen=True):
+            if item.source == SOURCE_TRANSITION:
+                assert plain.replica.table.row(item.item_id) in follows
+
+
+# Candidates
+
+
+def test_candidates(scorer: Scorer, versions: Versions, learning_settings: Settings) -> None:
+    plain = Plain(learning_settings, versions[-1][2])
+    wanted = ("item-9", "never seen", "item-4", "item-9", "item-140")
+    answer = scorer.answer([Query(walked(3, 5)), Query(walked(3, 5), candidates=wanted), Query(())], NOW_MS)[1]
+    assert ids(list(answer.items)) == list(wanted)
+    assert [item.known for item in answer.items] == [True, False, True, True, True]
+    _, final = plain.scores(Query(walked(3, 5)))
+    for item in answer.items:
+        assert list(item.class_probabilities) == [c.name for c in learning_settings.classes]
+        assert sum(item.class_probabilities.values()) == pytest.approx(1.0, abs=1e-5)
+        if item.known:
+            assert item.score == pytest.approx(final[plain.replica.table.row(item.item_id)], abs=2e-4)
+    recommended = {item.item_id: item.score for item in ask(scorer, count=ITEMS, allow_seen=True)}
+    assert answer.items[0].score == pytest.approx(recommended["item-9"], abs=1e-5)
+    assert scorer.answer([Query((), candidates=())], NOW_MS) == [Answer(VERSIONS, [])]
+
+
+# Versions
+
+
+def test_nothing_is_answered_before_the_first_version(empty: Scorer) -> None:
+    assert (empty.version, empty.status.items) == (0, 0)
+    with pytest.raises(NotReady):
+        empty.answer([Query(())])
+
+
+def test_status(scorer: Scorer) -> None:
+    status = scorer.status
+    assert (status.version, status.committed_ms, status.applied_ms) == (VERSIONS, VERSIONS, 7)
+    assert (status.items, status.feedback_learned) == (ITEMS, VERSIONS)
+
+
+def test_the_first_answer_of_a_version_is_told_once(empty: Scorer, versions: Versions) -> None:
+    told: list[int] = []
+    empty.on_first_answer = told.append
+    for record, delta, whole in versions[:2]:
+        empty.load(record, whole, 0) if record.version == 1 else empty.apply(record, delta, 0)
+        assert told == list(range(1, record.version))
+        for _ in range(3):
+            empty.answer([Query(()), Query(())])
+        assert told == list(range(1, record.version + 1))
+
+
+def test_deltas_lead_to_the_same_bits_as_a_whole_copy(
+    empty: Scorer, mirror: CatalogMirror, versions: Versions, learning_settings: Settings
+) -> None:
+    replica = Replica(learning_settings, CPU)
+    for record, delta, whole in versions:
+        replica.apply(delta)
+        assert encode(replica.write_all()) == encode(whole)
+        empty.load(record, delta, 0) if record.version == 1 else empty.apply(record, delta, 0)
+        other = Scorer(learning_settings, mirror, CPU)
+        other.load(record, whole, 0)
+        assert empty.answer(QUERIES, NOW_MS) == other.answer(QUERIES, NOW_MS)
+    assert len(versions[1][1].rows) < len(versions[1][2].rows)
+
+
+def damaged(payload: WeightPayload) -> Iterator[tuple[str, WeightPayload]]:
+    dense, columns = dict(payload.dense), dict(payload.columns)
+    yield "a dense tensor is missing", replace(payload, dense={k: v for k, v in dense.items() if k != "mix.bias"})
+    yield "a dense tensor is unknown", replace(payload, dense={**dense, "other": np.zeros(1, np.float32)})
+    yield "a shape is wrong", replace(payload, dense={**dense, "mix.bias": np.zeros(1, np.float32)})
+    yield "a dtype is wrong", replace(payload, dense={**dense, "mix.bias": dense["mix.bias"].astype(np.float64)})
+    yield "a column is missing", replace(payload, columns={k: v for k, v in columns.items() if k != "total"})
+    yield "a row is not in use", replace(payload, rows=payload.rows[:-1].tolist() + [5000])  # type: ignore[arg-type]
+    yield "a new row leaves a gap", replace(payload, new_items=[("new", 4000)])
+    yield "an item is not new", replace(payload, new_items=[("item-0", len(columns["total"]) + 1)])
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    empty: Scorer, versions: Versions, learning_settings: Settings
+) -> None:
+    (first, _, whole), (second, delta, _), *_ = versions
+    empty.load(first, whole, 1)
+    before, status = empty.answer(QUERIES, NOW_MS), empty.status
+    for what, payload in damaged(delta):
+        bad = replace(payload, rows=np.asarray(payload.rows, np.int32))
+        with pytest.raises(CorruptWeights):
+            empty.apply(second, bad, 2)
+        assert empty.answer(QUERIES, NOW_MS) == before, what
+        assert empty.status == status
+    for what, payload in damaged(whole):
+        bad = replace(payload, rows=np.asarray(payload.rows, np.int32))
+        if what == "an item is not new":
+            # To a whole copy every item is new.
+            continue
+        with pytest.raises(CorruptWeights):
+            empty.load(second, bad, 2)
+        assert empty.answer(QUERIES, NOW_MS) == before, what
+    empty.apply(second, delta, 3)
+    assert empty.version == 2
+
+
+def test_an_answer_comes_from_one_version(
+    empty: Scorer, mirror: CatalogMirror, versions: Versions, learning_settings: Settings
+) -> None:
+    """Move between versions as fast as possible while others ask: each answer is that of the version it names."""
+    expected: dict[int, Answer] = {}
+    for record, _, whole in versions:
+        offline = Scorer(learning_settings, mirror, CPU)
+        offline.load(record, whole, 0)
+        (expected[record.version],) = offline.answer(QUERIES[:1], NOW_MS)
+    assert len({str(answer.items) for answer in expected.values()}) == VERSIONS
+    empty.load(versions[0][0], versions[0][2], 0)
+    stop = threading.Event()
+
+    def move() -> None:
+        while not stop.is_set():
+            for record, delta, _ in versions[1:]:
+                empty.apply(record, delta, 0)
+            empty.load(versions[0][0], versions[0][2], 0)
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        found = [empty.answer(QUERIES[:1], NOW_MS)[0] for _ in range(300)]
+    finally:
+        stop.set()
+        mover.join()
+    for answer in found:
+        assert answer == expected[answer.version]
+    assert len({answer.version for answer in found}) > 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: the scorer's answers on CUDA are not compared")
+def test_cuda_answers_alike(
+    scorer: Scorer, mirror: CatalogMirror, versions: Versions, learning_settings: Settings
+) -> None:
+    other = Scorer(learning_settings, mirror, torch.device("cuda"))
+    for record, delta, whole in versions:
+        other.load(record, whole, 0) if record.version == 1 else other.apply(record, delta, 0)
+    wanted = Query(walked(3, 5), candidates=("item-9", "never seen"))
+    for ours, theirs in zip(
+        scorer.answer([*QUERIES, wanted], NOW_MS), other.answer([*QUERIES, wanted], NOW_MS), strict=True
+    ):
+        assert_same(list(theirs.items), [(item.item_id, item.score) for item in ours.items], tolerance=2e-3)

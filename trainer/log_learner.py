@@ -1,0 +1,138 @@
+"""LogLearner: learn the feedback log entry by entry; a pure function of the weights it starts from and the log.
+
+A batch is `batch_size` feedback or what stands before a tick, a version is `batches_per_version` batches or what stands
+before a tick. No clock is read here, so that a version can be made again from the log, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+
+from recsys.encoding import row_history
+from recsys.feedback_log import BEGINNING, LogEntry, position_key
+from recsys.settings import Settings
+from recsys.store.v1.log_pb2 import FeedbackRecord
+from recsys.store.v1.weights_pb2 import Range
+from recsys.weights import Lineage, LogRange, VersionRecord
+from trainer.examples import Event, batches, encode
+from trainer.learner import Learner
+from trainer.metrics import TrainerMetrics
+from trainer.quality import Quality
+
+# Feedback encoded at once while the replay window is filled.
+FILL_COUNT = 1000
+
+
+class LogLearner:
+    """Own a learner and the version in the making.
+
+    `read_position` is that of the last entry taken; `head` the record of the version that is being continued.
+    """
+
+    def __init__(self, settings: Settings, metrics: TrainerMetrics, device: torch.device) -> None:
+        self._settings, self._metrics = settings, metrics
+        self.learner = Learner(settings, device)
+        self.quality = Quality()
+        # Positions of the feedback in the replay window.
+        self._window: deque[str] = deque(maxlen=settings.replay_capacity)
+        self.begin(VersionRecord(position=BEGINNING))
+
+    def fill_window(self, entries: Iterable[LogEntry], head: VersionRecord) -> None:
+        """Fill the replay window as it was at `head` with the feedback before its position, oldest first."""
+        learned = (entry for entry in entries if not any(_within(entry.position, part) for part in head.set_aside))
+        for part in batches(learned, FILL_COUNT):
+            found = [
+                (entry.position, event)
+                for entry in part
+                if entry.record is not None and (event := self._event(entry.record)) is not None
+            ]
+            if found:
+                self.learner.window.add(encode([event for _, event in found], self._settings))
+                self._window.extend(position for position, _ in found)
+
+    def begin(self, head: VersionRecord) -> None:
+        """Begin the version after `head`, whose weights the learner holds."""
+        self.head = head
+        self.read_position = self._position = head.position
+        # Feedback read and not yet learned.
+        self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
+        self.batches = self._consumed = 0
+        self.accepted_ms: list[int] = []
+
+    @property
+    def empty(self) -> bool:
+        """Return whether the version in the making holds nothing to learn yet."""
+        return not self._pending and not self.batches
+
+    def take(self, entry: LogEntry) -> bool:
+        """Go past one entry of the log, learning the batch that it completes; True when it completes a version.
+
+        The caller then publishes what `lineage` describes and calls `begin` before the next entry.
+        """
+        if entry.record is not None:
+            self._consumed += 1
+            if entry.record.feedback_class in self._settings.class_index:
+                self._pending.append((entry, entry.record))
+            else:
+                self._metrics.skipped("unknown_class", 1)
+        elif not entry.tick:
+            self._metrics.skipped("malformed", 1)
+        if len(self._pending) == self._settings.batch_size or (entry.tick and self._pending):
+            self._learn()
+        self.read_position = entry.position
+        if not self._pending:
+            self._position = entry.position
+        return self.batches == self._settings.batches_per_version or bool(entry.tick and self.batches)
+
+    def lineage(self, committed_ms: int) -> Lineage:
+        """Describe the version that is complete."""
+        oldest = self._window[0] if self._window else BEGINNING
+        return Lineage(
+            position=self._position,
+            feedback_learned=self.head.feedback_learned + self._consumed,
+            feedback_added=len(self.accepted_ms),
+            settings_digest=self._settings.learning_digest(),
+            metrics=self.quality.metrics("recsys", recent=True) | self.quality.losses(recent=True),
+            accepted_ms=self.accepted_ms,
+            committed_ms=committed_ms,
+            window_position=oldest,
+            set_aside=[
+                LogRange(part.after, part.until)
+                for part in self.head.set_aside
+                if position_key(part.until) > position_key(oldest)
+            ],
+        )
+
+    def _event(self, record: FeedbackRecord) -> Event | None:
+        """Turn a record into an example; every item in it gets a row, so that it looks the same ever after."""
+        index = self._settings.class_index.get(record.feedback_class)
+        if index is None:
+            return None
+        self.learner.allocate([*(entry.item_id for entry in record.history), record.item_id])
+        table = self.learner.table
+        history = row_history(record.history, table, self._settings.class_index)
+        return Event(table.row(record.item_id), index, record.time_ms, history, record.context)
+
+    def _learn(self) -> None:
+        events = [event for _, record in self._pending if (event := self._event(record)) is not None]
+        report = self.learner.step(encode(events, self._settings))
+        self._window.extend(entry.position for entry, _ in self._pending)
+        self.accepted_ms.extend(entry.accepted_ms for entry, _ in self._pending)
+        self._pending.clear()
+        self.batches += 1
+        if report.learned:
+            self._metrics.gradient_norm(report.gradient_norm)
+            for name, value in report.losses.items():
+                self._metrics.loss(name, value)
+        else:
+            self._metrics.skipped("non_finite", len(events))
+        self.quality.add_ranks("recsys", report.rank_B)
+        self.quality.add_ranks("popularity", report.popularity_rank_B)
+        self.quality.add_losses(report.item_loss_B, report.class_loss_B)
+
+
+def _within(position: str, part: Range) -> bool:
+    return position_key(part.after) < position_key(position) <= position_key(part.until)
