@@ -162,7 +162,7 @@ async def open_loop(rate: float, seconds: float, timeout: float) -> dict[str, An
 
 def in_a_process_of_its_own(*arguments: object) -> dict[str, Any]:
     """Run this file as a client."""
-    command = [sys.executable, __file__, "--client", *map(str, arguments)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--client", *map(str, arguments)]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return found
 

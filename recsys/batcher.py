@@ -18,7 +18,8 @@ from recsys.errors import DeadlinePassed, Overloaded
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Batches whose times the waiting is judged by. The shortest counts: one that was slow by chance refuses nobody.
+# Batches by whose times the next ones are judged. The most efficient of them counts: one that was slow by chance
+# refuses nobody.
 RECENT = 3
 
 
@@ -27,7 +28,7 @@ class Batcher(Generic[Item, Result]):
 
     `handler` runs in the batcher's one thread and never twice at a time. When it raises, that batch's futures get the
     exception and the next batch goes on. `size` weighs an item; a batch takes items in order while their sizes sum to
-    at most `max_batch`, and always at least one.
+    at most `max_batch`, and to no more than what recent batches let expect in `max_seconds`, and always at least one.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Batcher(Generic[Item, Result]):
         *,
         max_batch: int,
         queue_limit: int,
+        max_seconds: float = float("inf"),
         size: Callable[[Item], int] = lambda item: 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -44,11 +46,13 @@ class Batcher(Generic[Item, Result]):
         self._handler = handler
         self._max_batch = max_batch
         self._queue_limit = queue_limit
+        self._max_seconds = max_seconds
         self._size = size
         self._clock = clock
         self._queue: OrderedDict[Future[Result], tuple[Item, float | None]] = OrderedDict()
         self._waiting_size = 0
-        self._batch_seconds: deque[float] = deque(maxlen=RECENT)
+        # The size of a batch and the seconds that it took.
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._batch_started: float | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -70,15 +74,14 @@ class Batcher(Generic[Item, Result]):
             if self._closed:
                 raise Overloaded(f"the {self._name} queue is closed: the server is stopping")
             now = self._clock()
-            wait = self._wait(now)
+            wait, seconds = self._expect(now)
             if len(self._queue) >= self._queue_limit:
                 raise Overloaded(f"the {self._name} queue is full: {self._queue_limit} calls are waiting", wait)
-            # An item that meets no other is always taken: were it refused too, nothing would correct the estimate.
-            if deadline is not None and wait and now < deadline < now + wait + min(self._batch_seconds):
+            # With the time of one batch to spare. An item that meets no other is always taken: were it refused too,
+            # nothing would ever correct what is expected.
+            if deadline is not None and wait and now < deadline < now + wait + 2 * seconds:
                 raise Overloaded(
-                    f"the {self._name} queue is too long: {len(self._queue)} calls are waiting, and the deadline would "
-                    "pass before the turn of this one is over",
-                    wait,
+                    f"the {self._name} queue is too long for the deadline: {len(self._queue)} calls are waiting", wait
                 )
             self._queue[future] = (item, deadline)
             self._waiting_size += self._size(item)
@@ -97,13 +100,29 @@ class Batcher(Generic[Item, Result]):
             self._changed.notify()
         self._thread.join()
 
-    def _wait(self, now: float) -> float:
-        """Estimate when the batch of an item that comes now will begin: 0 when at once, or when nothing is known."""
-        if not self._batch_seconds or (self._batch_started is None and not self._queue):
-            return 0.0
-        seconds = min(self._batch_seconds)
+    def _expect(self, now: float) -> tuple[float, float]:
+        """Return how long an item that comes now will wait for its batch, and what that batch will take.
+
+        Both are 0 when nothing is known yet, and the first when nothing is waiting or being worked on.
+        """
+        if not self._recent:
+            return 0.0, 0.0
+        seconds = self._efficient()[1]
+        if self._batch_started is None and not self._queue:
+            return 0.0, seconds
         left = max(0.0, self._batch_started + seconds - now) if self._batch_started is not None else 0.0
-        return left + seconds * (self._waiting_size // self._max_batch)
+        return left + seconds * (self._waiting_size // self._limit()), seconds
+
+    def _efficient(self) -> tuple[int, float]:
+        """Return the recent batch that took the least for its size."""
+        return min(self._recent, key=lambda batch: batch[1] / batch[0])
+
+    def _limit(self) -> int:
+        """Return the largest size of the next batch."""
+        if not self._recent or self._max_seconds == float("inf"):
+            return self._max_batch
+        size, seconds = self._efficient()
+        return max(1, min(self._max_batch, int(size * self._max_seconds / max(seconds, 1e-9))))
 
     def _leave(self, future: Future[Result]) -> None:
         if future.cancelled():
@@ -131,7 +150,7 @@ class Batcher(Generic[Item, Result]):
                     self._batch_started = now
                 results = self._handle(live)
                 with self._changed:
-                    self._batch_seconds.append(self._clock() - now)
+                    self._recent.append((sum(self._size(item) for item, _ in live), self._clock() - now))
                     self._batch_started = None
                 _end(live, results)
 
@@ -140,11 +159,11 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             batch: list[tuple[Future[Result], Item, float | None]] = []
-            total = 0
+            total, limit = 0, self._limit()
             while self._queue:
                 future, (item, deadline) = next(iter(self._queue.items()))
                 total += self._size(item)
-                if batch and total > self._max_batch:
+                if batch and total > limit:
                     break
                 batch.append((future, item, deadline))
                 self._forget(future)

@@ -1,4 +1,4 @@
-"""A small world to learn in: settings that learn in milliseconds, feedback, trainers, and a store that fails on demand."""
+"""A small world to learn in: quick settings, feedback, trainers, and a store that fails on demand."""
 
 from __future__ import annotations
 
@@ -106,7 +106,11 @@ def versions(settings: Settings) -> list[tuple[int, bytes, str, int, int]]:
     """List the retained versions but the first, oldest first: version, chain, position, feedback learned and added."""
     with connect(settings) as client:
         records = WeightStore(client, settings).versions(100_000)
-    return [(r.version, r.chain, r.position, r.feedback_learned, r.feedback_added) for r in reversed(records) if r.version > 1]
+    return [
+        (r.version, r.chain, r.position, r.feedback_learned, r.feedback_added)
+        for r in reversed(records)
+        if r.version > 1
+    ]
 
 
 def head(settings: Settings) -> tuple[int, bytes, str, int]:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from typing import NoReturn
 
 import pytest
 from learning import CUT, PASS, Proxy, append, fork, head, held, learn_all, make_feedback, small, tick, trainer
@@ -14,8 +15,16 @@ from recsys.errors import StoreUnavailable
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.weights import WeightStore
+from trainer.daemon import Daemon
 
 SECONDS = 60
+
+
+def live(daemon: Daemon) -> NoReturn:
+    """Learn until something fails."""
+    daemon.start()
+    while True:
+        daemon.step()
 
 
 @pytest.mark.parametrize(("snapshot_every_bytes", "feedback"), [(1, 9), (1 << 30, 14)])
@@ -37,16 +46,16 @@ def test_a_trainer_may_die_after_any_command(settings: Settings, snapshot_every_
                 # Nobody tries again.
                 daemon.stopping.set()
                 with pytest.raises(StoreUnavailable):
-                    daemon.start()
-                    while daemon.step() or True:
-                        pass
+                    live(daemon)
             learn_all(killed)
             assert (head(killed), held(killed)) == (head(reference), weights), f"killed after {commands[:last]}"
 
 
 def test_killed_processes_lose_and_repeat_nothing(settings: Settings) -> None:
     """SIGKILL a real trainer at random instants while feedback comes in, then let one stop as it should."""
-    base = small(settings, snapshot_every_bytes=1 << 17, snapshots_retained=1, publish_seconds=0.05, batches_per_version=1)
+    base = small(
+        settings, snapshot_every_bytes=1 << 17, snapshots_retained=1, publish_seconds=0.05, batches_per_version=1
+    )
     program = "import sys; from recsys.settings import Settings; from trainer.daemon import run; "
     program += "run(Settings.model_validate_json(sys.argv[1]))"
     draw = random.Random(3)
@@ -55,7 +64,9 @@ def test_killed_processes_lose_and_repeat_nothing(settings: Settings) -> None:
     for kill in (True, True, False):
         append(base, make_feedback(90, appended, first=appended))
         appended += 90
-        process = subprocess.Popen([sys.executable, "-c", program, base.model_dump_json()], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, base.model_dump_json()], stdout=subprocess.PIPE, text=True
+        )
         with process:
             try:
                 assert process.stdout

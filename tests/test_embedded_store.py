@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,17 @@ def test_a_store_that_cannot_be_reached_is_unavailable(error: Exception) -> None
 def test_errors_of_others_pass_through() -> None:
     with pytest.raises(KeyError), store_errors():
         raise KeyError("x")
+
+
+def test_a_store_whose_owner_was_killed_is_stopped_before_the_next_one_starts(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from recsys.store.embedded import EmbeddedStore\n"
+        "store = EmbeddedStore(Path(sys.argv[1])); store.start(); print(store.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        orphan = int(owner.stdout.readline())
+        owner.kill()
+    with EmbeddedStore(tmp_path) as store:
+        assert store.pid != orphan
+        assert not Path(f"/proc/{orphan}").exists()

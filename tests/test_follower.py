@@ -10,7 +10,21 @@ from dataclasses import dataclass
 
 import pytest
 import redis
-from learning import CPU, CUT, PASS, START_MS, Proxy, append, head, learn_all, make_feedback, replica, small, tick, trainer
+from learning import (
+    CPU,
+    CUT,
+    PASS,
+    START_MS,
+    Proxy,
+    append,
+    head,
+    learn_all,
+    make_feedback,
+    replica,
+    small,
+    tick,
+    trainer,
+)
 from prometheus_client import CollectorRegistry
 
 from recsys.catalog import Catalog, CatalogMirror, Item
@@ -24,7 +38,7 @@ from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights import WeightStore
 
-SECONDS = 30
+SECONDS = 8
 QUERIES = (
     Query(()),
     Query((HistoryEntry(item_id="item-3", feedback_class="click", time_ms=START_MS),), count=100),
@@ -174,9 +188,7 @@ def test_a_gap_is_filled_from_a_snapshot(base: Settings) -> None:
             proxy.fate = lambda number, command: PASS
             until(lambda: away.scorer.version == head(base)[0])
             assert away.answers() == expected(base)
-            assert sum(
-                away.value("recsys_weights_reloads_total", reason=reason) for reason in ("gap", "corrupt")
-            ) == 1
+            assert sum(away.value("recsys_weights_reloads_total", reason=reason) for reason in ("gap", "corrupt")) == 1
 
 
 def test_a_damaged_delta_is_never_half_applied(base: Settings, store: redis.Redis) -> None:
@@ -222,7 +234,7 @@ def test_whole_deltas_before_a_damaged_one_are_applied(base: Settings, store: re
 
 
 def test_a_store_that_began_anew_is_followed_from_its_beginning(base: Settings, store: redis.Redis) -> None:
-    """After a flush the held weights are served until there are others, and these then, though their number is lower."""
+    """After a flush the held weights are served until there are others, though their number is lower."""
     learn(base, 33)
     with following(base) as here:
         here.follower.start()

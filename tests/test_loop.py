@@ -154,9 +154,7 @@ def test_an_impression_is_learned_and_shown_again(running: Running) -> None:
 
 
 def test_all_that_is_accepted_is_learned_once(running: Running) -> None:
-    sent = [
-        Feedback(f"user-{n % 5}", f"item-{n % 17}", "click", feedback_id=f"id-{n % 40}") for n in range(55)
-    ]
+    sent = [Feedback(f"user-{n % 5}", f"item-{n % 17}", "click", feedback_id=f"id-{n % 40}") for n in range(55)]
     results = running.client.log_feedback(sent)
     assert len(results) == 55
     running.learn()

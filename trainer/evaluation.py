@@ -23,7 +23,7 @@ from recsys.settings import Settings
 from trainer.baselines import Popularity
 from trainer.examples import Event, batches, encode
 from trainer.learner import Learner
-from trainer.quality import MISS, NO_EVENT, Quality
+from trainer.quality import NO_EVENT, Quality
 
 PROTOCOL = "test-then-train"
 DECAY = 0.999
@@ -56,7 +56,6 @@ class Evaluation:
         self.quality = Quality(("recsys", *self._baselines))
         self._seconds = dict.fromkeys(("recsys", *self._baselines), 0.0)
         self._users: dict[str, _User] = {}
-        self._chosen: dict[int, int] = {}
         self.bad_rows = 0
         self.feedback = 0
         self.skipped = 0
@@ -88,7 +87,7 @@ class Evaluation:
         classes = self._settings.classes
         for chunk in self._file.chunks():
             self.bad_rows += len(chunk.bad)
-            contexts = self._file._contexts(chunk)
+            contexts = self._file.contexts(chunk)
             columns = (
                 chunk.user_ids.tolist(),
                 chunk.item_ids.tolist(),
@@ -125,8 +124,7 @@ class Evaluation:
         started = time.perf_counter()
         report = self._learner.step(encode([t.event for t in tests], self._settings), [t.seen for t in tests])
         self._seconds["recsys"] += time.perf_counter() - started
-        repeated = np.array([t.positive and t.event.row in t.seen for t in tests])
-        self.quality.add_ranks("recsys", np.where(repeated, MISS, report.rank_B))
+        self.quality.add_ranks("recsys", report.rank_B)
         self.quality.add_losses(report.item_loss_B, report.class_loss_B)
         self.skipped += not report.learned
         self._learner.take_changed()

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
+from recsys.errors import CorruptWeights
 from recsys.item_table import TRANSITION_REACH, ItemTable
 from recsys.network import RecommendationNetwork
 from recsys.settings import Settings
 from recsys.weights import WeightPayload
-from recsys.weights.replica import Replica, items_of, to_array
+from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
 from trainer.examples import Examples, ReplayWindow, join
 from trainer.prequential import MASKED, Prequential, StepReport
@@ -119,16 +120,33 @@ class Learner:
         Raises:
             CorruptWeights: when they do not fit these settings.
         """
+        self._check(own)
         self.replica.apply(served)
         self.steps = int(own.dense[STEPS][0])
         rows = from_array(own.rows, self.device).to(torch.int64)
-        self.table.columns[SQUARED_GRADIENT].index_copy_(
-            0, rows, from_array(own.columns[SQUARED_GRADIENT], self.device)
-        )
+        accumulated = from_array(own.columns[SQUARED_GRADIENT], self.device)
+        self.table.columns[SQUARED_GRADIENT].index_copy_(0, rows, accumulated)
         for name, parameter, optimizer in self._optimized():
-            found = {key: own.dense[f"{name}.{key}"] for key in OPTIMIZER_STATE if f"{name}.{key}" in own.dense}
-            if found:
-                optimizer.state[parameter] = {key: from_array(value, self.device) for key, value in found.items()}
+            # Before a parameter's first gradient the optimizer has no state for it.
+            optimizer.state.pop(parameter, None)
+            if f"{name}.step" in own.dense:
+                optimizer.state[parameter] = {
+                    key: from_array(own.dense[f"{name}.{key}"], self.device) for key in OPTIMIZER_STATE
+                }
+
+    def _check(self, own: WeightPayload) -> None:
+        """Refuse a trainer's payload that does not fit; nothing is changed."""
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {STEPS: ((1,), torch.int64)}
+        for name, parameter, _ in self._optimized():
+            if f"{name}.step" in own.dense:
+                shapes = ((), tuple(parameter.shape), tuple(parameter.shape))
+                for key, shape in zip(OPTIMIZER_STATE, shapes, strict=True):
+                    expected[f"{name}.{key}"] = (shape, torch.float32)
+        if set(own.dense) != set(expected) or set(own.columns) != {SQUARED_GRADIENT}:
+            raise CorruptWeights("the trainer's part of the weights does not fit the settings")
+        for name, (shape, dtype) in expected.items():
+            fits(name, own.dense[name], shape, dtype)
+        fits(SQUARED_GRADIENT, own.columns[SQUARED_GRADIENT], (len(own.rows),), torch.float32)
 
     def _optimized(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
         mix, dense = self.optimizers[1], self.optimizers[0]
@@ -204,8 +222,7 @@ class Learner:
         if positive.any():
             counted = examples.take(np.flatnonzero(positive))
             histories = counted.histories(self.device)
-            touched = self.table.count(histories.latest_first(TRANSITION_REACH), to_tensor(counted.item_B, self.device))
-            self._changed.append(touched)
+            self.table.count(histories.latest_first(TRANSITION_REACH), to_tensor(counted.item_B, self.device))
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -33,7 +33,7 @@ Rows = npt.NDArray[np.int64]
 class StepReport:
     """What a step found before it learned, for each of the batch's B examples, and what it did."""
 
-    # 1 is best; MISS where the item was new, NO_EVENT where the feedback is not positive.
+    # 1 is best; MISS where the item was new or the user had it already, NO_EVENT where feedback is not positive.
     rank_B: Rows
     popularity_rank_B: Rows
     # Cross-entropy over items (positive feedback of known items, else NaN) and over feedback classes, in nats.
@@ -89,14 +89,13 @@ class Prequential:
         return np.asarray((total_B > 0).cpu().numpy())
 
     def _hidden(self, histories: Histories, item_B: Tensor, seen: list[Rows] | None) -> Tensor:
-        """Return what is not ranked: items never chosen, and those that the user has, but for the item itself."""
+        """Return what is not ranked: items never chosen, and those that the user has."""
         hidden_BI = (self._table.column("total") == 0).repeat(len(item_B), 1)
         if seen is None:
             hidden_BI.scatter_(1, histories.rows_BL, True)
         else:
             for hidden_I, rows in zip(hidden_BI, seen, strict=True):
                 hidden_I[to_tensor(rows, hidden_BI.device)] = True
-        hidden_BI.scatter_(1, item_B[:, None], False)
         hidden_BI[:, PADDING_ROW] = True
         return hidden_BI
 
@@ -115,13 +114,16 @@ class Prequential:
             lift_BI = network.lift(table.transitions(histories.latest_first(TRANSITION_REACH)), table.rows)
         weights_BP = network.mixing_weights(histories)
         scores_BI = network.scores(weights_BP, states_BD, table.column("vector"), trend_IS, lift_BI)
+        # What the user has already is not recommended again: choosing it again cannot be hit, though it can be learned.
+        repeated_B = hidden_BI.gather(1, item_B[:, None])[:, 0]
+        hidden_BI = hidden_BI.scatter(1, item_B[:, None], False)
         scores_BI = scores_BI.masked_fill(hidden_BI, MASKED)
         loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
         popularity_BI = table.column("total").masked_fill(hidden_BI, MASKED)
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.item_loss_B[part] = loss_B.detach().cpu().numpy()
-        report.rank_B[part] = ranks(scores_BI.detach(), item_B).cpu().numpy()
-        report.popularity_rank_B[part] = ranks(popularity_BI, item_B).cpu().numpy()
+        report.rank_B[part] = ranks(scores_BI.detach(), item_B).masked_fill(repeated_B, MISS).cpu().numpy()
+        report.popularity_rank_B[part] = ranks(popularity_BI, item_B).masked_fill(repeated_B, MISS).cpu().numpy()
         return loss_B.sum()
 
     @torch.no_grad()

@@ -29,11 +29,12 @@ def gains(rank_B: npt.NDArray[np.int64]) -> Array:
     return np.stack(columns, 1).astype(np.float64)
 
 
+LOSSES = ("item_log_loss", "log_loss")
 NAMES = (*(f"hr_at_{k}" for k in HIT_AT), f"ndcg_at_{GAIN_AT}", f"mrr_at_{GAIN_AT}")
 
 
 class Mean:
-    """Average rows of numbers over the last `recent` and over all; NaN counts as absent."""
+    """Average rows of numbers over the last `recent` and over all; what is not finite counts as absent."""
 
     def __init__(self, recent: int) -> None:
         self._recent: deque[Array] = deque(maxlen=recent)
@@ -43,17 +44,25 @@ class Mean:
     def add(self, rows: Array) -> None:
         """Add rows (B, columns)."""
         self._recent.extend(rows)
-        self._sum = self._sum + np.nansum(rows, 0)
+        self._sum = self._sum + _finite(rows).sum(0)
         self._count = self._count + np.isfinite(rows).sum(0)
 
     def recent(self) -> Array:
-        """Return the means over the recent rows."""
+        """Return the means over the recent rows, NaN for columns without a number."""
         rows = np.array(self._recent)
-        return np.asarray(np.nansum(rows, 0) / np.maximum(1, np.isfinite(rows).sum(0)))
+        return _mean(_finite(rows).sum(0), np.isfinite(rows).sum(0))
 
     def all(self) -> Array:
-        """Return the means over all rows."""
-        return np.asarray(self._sum / np.maximum(1, self._count))
+        """Return the means over all rows, NaN for columns without a number."""
+        return _mean(self._sum, self._count)
+
+
+def _finite(rows: Array) -> Array:
+    return np.where(np.isfinite(rows), rows, 0.0)
+
+
+def _mean(total: Array | float, count: Array | float) -> Array:
+    return np.where(np.asarray(count) > 0, total / np.maximum(1, count), np.nan)
 
 
 class Quality:
@@ -84,6 +93,6 @@ class Quality:
         return dict(zip(NAMES, (mean.recent() if recent else mean.all()).tolist(), strict=True))
 
     def losses(self, *, recent: bool = False) -> dict[str, float]:
-        """Return `item_log_loss` and `log_loss` (over classes) in nats, empty before the first batch."""
-        values = np.atleast_1d(self._losses.recent() if recent else self._losses.all()).tolist()
-        return dict(zip(("item_log_loss", "log_loss"), values, strict=True)) if len(values) == 2 else {}
+        """Return `item_log_loss` and `log_loss` (over classes) in nats; what was never measured is left out."""
+        values = np.atleast_1d(self._losses.recent() if recent else self._losses.all())
+        return {name: float(value) for name, value in zip(LOSSES, values, strict=False) if np.isfinite(value)}

@@ -113,7 +113,7 @@ def _feedback(path: Path, file: FeedbackFile, summary: Summary) -> Iterator[tupl
             summary.left_out(bad.line, bad.reason, refused=False)
         values = [None] * len(chunk) if chunk.values is None else chunk.values.tolist()
         columns = (chunk.lines, chunk.user_ids, chunk.item_ids, chunk.classes, chunk.times_ms)
-        rows = zip(*(column.tolist() for column in columns), values, file._contexts(chunk), strict=False)
+        rows = zip(*(column.tolist() for column in columns), values, file.contexts(chunk), strict=False)
         for line, user_id, item_id, index, time_ms, value, context in rows:
             # NaN is the only number that is not itself.
             number = value if value == value else None

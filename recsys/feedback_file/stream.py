@@ -102,7 +102,7 @@ class FeedbackFile:
                 repeat(None) if chunk.values is None else _with_none(chunk.values),
                 repeat(""),
                 repeat(""),
-                self._contexts(chunk),
+                self.contexts(chunk),
             )
             if chunk.bad:
                 bad: Iterator[tuple[int, Feedback | BadRow]] = ((row.line, row) for row in chunk.bad)
@@ -138,7 +138,8 @@ class FeedbackFile:
         """Read the items from the file that MovieLens and KuaiRand have beside the feedback; [] without one."""
         return read_titles(self._path, self.layout)
 
-    def _contexts(self, chunk: Chunk) -> Any:
+    def contexts(self, chunk: Chunk) -> Any:
+        """Yield the context of each row of a chunk, one dict shared by equal ones."""
         name, texts = self._layout.context, chunk.contexts
         if name is None or texts is None:
             return repeat({})

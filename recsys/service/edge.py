@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -103,7 +103,7 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
                 status = rpc_status.to_status(self._explain(error, method, context))
                 # Before the caller hears of it: who reads the numbers after a call finds it counted.
                 handled(status.code)
-                await context.abort(status.code, status.details, status.trailing_metadata)
+                await _abort(context, status)
             handled(grpc.StatusCode.OK)
             return answer
 
@@ -127,6 +127,18 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
         if type(error) in _REJECTIONS:
             self._metrics.rejected(_REJECTIONS[type(error)])
         return to_status(error, method=method, request_id=request_id)
+
+
+async def _abort(context: Context, status: grpc.Status) -> NoReturn:
+    """End a call with an error; quietly when the caller has gone meanwhile, as many do while a server is overloaded."""
+    try:
+        await context.abort(status.code, status.details, status.trailing_metadata)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        if not context.done():
+            raise
+        raise asyncio.CancelledError from None
 
 
 def _parse(parse: Callable[[bytes], Any], data: bytes) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import signal
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +16,8 @@ from recsys.errors import DataDirectoryInUse, StoreUnavailable
 # Loading a gigabyte of AOF takes a few seconds.
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 30.0
+ORPHAN_POLL_SECONDS = 0.05
+PID_FILE = "valkey.pid"
 
 
 class EmbeddedStore:
@@ -58,6 +63,7 @@ class EmbeddedStore:
                 f"data directory {self._directory} is in use by another process; stop it or give another --data-dir"
             ) from None
         self._lock_file = lock
+        self._stop_orphan()
         server = ValkeyServer(
             data_dir=self._directory,
             persist=True,
@@ -66,6 +72,7 @@ class EmbeddedStore:
                 "appendfsync": self._appendfsync,
                 "save": "",
                 "maxmemory-policy": "noeviction",
+                "pidfile": str(self._directory / PID_FILE),
             },
         )
         try:
@@ -74,6 +81,21 @@ class EmbeddedStore:
             lock.close()
             raise StoreUnavailable(f"the embedded store did not start: {error}; see {server.log_path}") from error
         self._server = server
+
+    def _stop_orphan(self) -> None:
+        """Stop a server whose owner was killed: it still writes here, though nobody holds the lock."""
+        try:
+            pid = int((self._directory / PID_FILE).read_text())
+            process = Path(f"/proc/{pid}")
+            ours = (process / "cwd").readlink() == self._directory and "valkey" in (process / "exe").readlink().name
+        except (OSError, ValueError):
+            return
+        if not ours:
+            return
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
+        while process.exists() and time.monotonic() < deadline:
+            time.sleep(ORPHAN_POLL_SECONDS)
 
     def stop(self) -> None:
         """Stop the server after it has written everything; free the directory."""

@@ -5,4 +5,14 @@ from recsys.weights.payload import WeightPayload, decode, encode
 from recsys.weights.record import Lineage, LogRange
 from recsys.weights.store import Delta, Snapshot, WeightStore
 
-__all__ = ["Delta", "Lineage", "LogRange", "Snapshot", "VersionRecord", "WeightPayload", "WeightStore", "decode", "encode"]
+__all__ = [
+    "Delta",
+    "Lineage",
+    "LogRange",
+    "Snapshot",
+    "VersionRecord",
+    "WeightPayload",
+    "WeightStore",
+    "decode",
+    "encode",
+]

@@ -33,7 +33,8 @@ class WeightPayload:
     """Hold whole dense tensors by name, and the changed rows of the item table.
 
     `rows` are the changed rows, int32, ascending; each of `columns` has one entry of its first axis for each of them.
-    `new_items` are the items that got a row, with that row. `whole` says that this is all of a version. Two payloads are equal when their `encode` is.
+    `new_items` are the items that got a row, with that row. `whole` says that this is all of a version, so that what
+    was held before is dropped. Two payloads are equal when their `encode` is.
     """
 
     dense: Mapping[str, NDArray[Any]] = field(default_factory=dict)

@@ -47,15 +47,16 @@ class Replica:
             CorruptWeights: naming the first part that does not fit.
         """
         expected = self.network.state_dict()
-        if set(payload.dense) != {*expected, CLOCK} or payload.dense[CLOCK].shape != (1,):
+        if set(payload.dense) != {*expected, CLOCK}:
             raise CorruptWeights(f"dense tensors {sorted(set(payload.dense) ^ {*expected, CLOCK})} do not fit")
+        fits(CLOCK, payload.dense[CLOCK], (1,), torch.int64)
         for name, tensor in expected.items():
-            _fits(name, payload.dense[name], tuple(tensor.shape), tensor.dtype)
+            fits(name, payload.dense[name], tuple(tensor.shape), tensor.dtype)
         if set(payload.columns) != set(SERVED_COLUMNS):
             raise CorruptWeights(f"columns {sorted(set(payload.columns) ^ set(SERVED_COLUMNS))} do not fit")
         for name in SERVED_COLUMNS:
             column = self.table.columns[name]
-            _fits(name, payload.columns[name], (len(payload.rows), *column.shape[1:]), column.dtype)
+            fits(name, payload.columns[name], (len(payload.rows), *column.shape[1:]), column.dtype)
         rows = 1 if payload.whole else self.table.rows
         if len(payload.rows) and payload.rows[-1] >= rows + len(payload.new_items):
             raise CorruptWeights(f"row {payload.rows[-1]} is not in use")
@@ -96,6 +97,7 @@ def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=True)).to(device)
 
 
-def _fits(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def fits(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise CorruptWeights unless an array has this shape and type."""
     if array.shape != shape or f"torch.{array.dtype.name}" != str(dtype):
         raise CorruptWeights(f"{name} is {array.dtype.name}{array.shape}, not {str(dtype)[6:]}{shape}")
