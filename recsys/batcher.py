@@ -75,14 +75,13 @@ class Batcher(Generic[Item, Result]):
                 raise Overloaded(f"the {self._name} queue is closed: the server is stopping")
             now = self._clock()
             wait, seconds = self._expect(now)
-            if len(self._queue) >= self._queue_limit:
-                raise Overloaded(f"the {self._name} queue is full: {self._queue_limit} calls are waiting", wait)
+            full = len(self._queue) >= self._queue_limit
             # With the time of one batch to spare. An item that meets no other is always taken: were it refused too,
             # nothing would ever correct what is expected.
-            if deadline is not None and wait and now < deadline < now + wait + 2 * seconds:
-                raise Overloaded(
-                    f"the {self._name} queue is too long for the deadline: {len(self._queue)} calls are waiting", wait
-                )
+            late = deadline is not None and wait > 0 and now < deadline < now + wait + 2 * seconds
+            if full or late:
+                fault = "full" if full else "too long for the deadline"
+                raise Overloaded(f"the {self._name} queue is {fault}: {len(self._queue)} calls are waiting", wait)
             self._queue[future] = (item, deadline)
             self._waiting_size += self._size(item)
             self._changed.notify()

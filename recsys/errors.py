@@ -97,9 +97,21 @@ class CorruptWeights(RecsysError):
 
 
 class FencedOff(RecsysError):
-    """Tell a trainer that a newer trainer has taken over, or that another version came first."""
+    """Tell a trainer that a newer trainer has taken over."""
 
     reason = "FENCED_OFF"
+
+
+class OtherVersionCameFirst(FencedOff):
+    """Tell a writer that the version it continues is not the last one any more, as after a rollback."""
+
+    reason = "OTHER_VERSION_CAME_FIRST"
+
+
+class NotRetained(RecsysError):
+    """Tell that a version, or the log behind it, is not kept any more; the message says which ones are."""
+
+    reason = "NOT_RETAINED"
 
 
 class AddressInUse(RecsysError):

@@ -22,6 +22,8 @@ from recsys.store.connection import store_errors
 from recsys.store.v1.log_pb2 import FeedbackRecord
 
 BEGINNING = "0-0"
+# The largest number that a stream gives to an entry within one millisecond.
+LAST_SEQUENCE = (1 << 64) - 1
 
 # Entries per page of read_before, and per script call of trim: at 2 KB an entry, about a millisecond of the store.
 PAGE = 256
@@ -121,6 +123,12 @@ def position_key(position: str) -> tuple[int, int]:
     """Give what orders positions; as strings they do not compare."""
     milliseconds, _, sequence = position.partition("-")
     return int(milliseconds), int(sequence or 0)
+
+
+def previous_position(position: str) -> str:
+    """Give the last position before one."""
+    milliseconds, sequence = position_key(position)
+    return f"{milliseconds}-{sequence - 1}" if sequence else f"{max(0, milliseconds - 1)}-{LAST_SEQUENCE}"
 
 
 class FeedbackLog:

@@ -18,6 +18,8 @@ from recsys.weights import VersionRecord, WeightStore
 WAIT_SECONDS = 0.5
 # Between attempts while the store is away, has no weights yet, or holds damaged ones.
 RETRY_SECONDS = 0.5
+# More than a store can forget when it crashes.
+VERSIONS_REMEMBERED = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ class Follower:
         self._store = WeightStore(self._client, settings)
         self._scorer, self._mirror, self._metrics = scorer, mirror, metrics
         self._chain: bytes | None = None
+        # Chains of the versions that were served, by version.
+        self._past: dict[int, bytes] = {}
         self._reason = "start"
         self._awaiting_answer: list[tuple[int, list[int]]] = []
         self._stopping = threading.Event()
@@ -81,7 +85,12 @@ class Follower:
         self._mirror.refresh()
         if self._chain is None and not self._load():
             return False
-        for delta in self._store.read_after(self._scorer.version, wait_seconds, chain=self._chain):
+        deltas = self._store.read_after(self._scorer.version, wait_seconds, chain=self._chain)
+        if not deltas:
+            self._check_past()
+        for delta in deltas:
+            # Before it can give its first answer.
+            self._awaiting_answer.append((delta.record.version, list(delta.record.accepted_ms)))
             self._scorer.apply(delta.record, delta.payload, _now_ms())
             self._applied(delta.record)
         if not self.ready.is_set():
@@ -89,15 +98,22 @@ class Follower:
             self.ready.set()
         return True
 
+    def _check_past(self) -> None:
+        """Tell a store that forgot its last second, and will get there again, from one that began anew."""
+        head = self._store.head()
+        if head is not None and head.version < self._scorer.version and self._past.get(head.version) != head.chain:
+            raise CorruptWeights(f"the store began anew: it stands at another version {head.version}")
+
     def _load(self) -> bool:
         snapshot = self._store.load_snapshot()
         first = None if snapshot else next(iter(self._store.read_after(0, count=1)), None)
         found = snapshot or first
         if found is None:
             return False
+        self._awaiting_answer.clear()
         self._scorer.load(found.record, found.payload, _now_ms())
         self._metrics.weights_reloaded(self._reason)
-        self._chain = found.record.chain
+        self._remember(found.record)
         status = self._scorer.status
         self._metrics.version_applied(
             status.version, status.committed_ms / 1000, status.applied_ms / 1000, status.items
@@ -105,7 +121,7 @@ class Follower:
         return True
 
     def _applied(self, record: VersionRecord) -> None:
-        self._chain = record.chain
+        self._remember(record)
         status = self._scorer.status
         applied_ms = status.applied_ms
         self._metrics.version_applied(record.version, record.committed_ms / 1000, applied_ms / 1000, status.items)
@@ -113,7 +129,11 @@ class Follower:
         committed = [max(0, applied_ms - record.committed_ms) / 1000] * len(accepted_ms)
         self._metrics.freshness("committed_to_applied", committed)
         self._metrics.freshness("accepted_to_applied", [max(0, applied_ms - each) / 1000 for each in accepted_ms])
-        self._awaiting_answer.append((record.version, accepted_ms))
+
+    def _remember(self, record: VersionRecord) -> None:
+        self._chain = self._past[record.version] = record.chain
+        while len(self._past) > VERSIONS_REMEMBERED:
+            del self._past[next(iter(self._past))]
 
     def _answered(self, version: int) -> None:
         """Observe the feedback whose first answer this was; called from the scoring thread."""

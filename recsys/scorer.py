@@ -160,9 +160,8 @@ class Scorer:
     def warm_up(self) -> None:
         """Score made-up batches, so that the first real request does not pay for lazy initialisation."""
         for size in WARM_UP_SIZES:
-            self.answer([Query(history=())] * size)
+            self._answer([Query(history=())] * size, _now_ms())
 
-    @torch.inference_mode()
     def answer(self, queries: Sequence[Query], now_ms: int | None = None) -> list[Answer]:
         """Answer a batch; queries for recommendations and for candidates may be mixed.
 
@@ -171,8 +170,17 @@ class Scorer:
         Raises:
             NotReady: before the first version.
         """
-        if now_ms is None:
-            now_ms = _now_ms()
+        answers = self._answer(queries, _now_ms() if now_ms is None else now_ms)
+        if answers:
+            version = answers[0].version
+            with self._lock:
+                first, self._unanswered = self._unanswered, False
+            if first:
+                self.on_first_answer(version)
+        return answers
+
+    @torch.inference_mode()
+    def _answer(self, queries: Sequence[Query], now_ms: int) -> list[Answer]:
         with self._lock:
             if self._replica is None:
                 raise NotReady("no weights are loaded yet; the trainer has to publish a first version")
@@ -186,9 +194,6 @@ class Scorer:
                 if query.candidates is not None:
                     items = self._score_candidates(self._replica, query.candidates, i, scored)
                     answers[i] = Answer(self.version, items)
-            first, self._unanswered = self._unanswered, False
-        if first:
-            self.on_first_answer(next(answer.version for answer in answers if answer))
         return [answer for answer in answers if answer is not None]
 
     def _score(self, replica: Replica, queries: Sequence[Query], now_ms: int) -> _Scores:
@@ -217,10 +222,13 @@ class Scorer:
         keep = min(max(CANDIDATES, *(queries[i].count for i in asked)), table.rows)
         top_BK, rows_BK = scores_BI.topk(keep, dim=1)
         final_BK = top_BK + self._log_worth(replica.network, rows_BK, index_B, scored, table.column("vector"))
-        final_BK, order_BK = final_BK.masked_fill(top_BK <= HIDDEN / 2, HIDDEN).sort(
-            dim=1, descending=True, stable=True
-        )
-        rows_BK = rows_BK.gather(1, order_BK)
+        # Whoever else asks, a query's candidates are its own: more are kept only for those that want more.
+        own_B1 = torch.tensor([[max(CANDIDATES, queries[i].count)] for i in asked], device=self.device)
+        beyond_BK = torch.arange(keep, device=self.device) >= own_B1
+        final_BK = final_BK.masked_fill(beyond_BK | (top_BK <= HIDDEN / 2), HIDDEN)
+        final_BK, order_BK = final_BK.sort(dim=1, descending=True, stable=True)
+        most = max(queries[i].count for i in asked)
+        final_BK, rows_BK = final_BK[:, :most], rows_BK.gather(1, order_BK)[:, :most]
         sources_BK, because_BK = self._explain(replica, rows_BK, index_B, scored)
         # Synchronises with the GPU: the answer leaves it.
         columns = zip(rows_BK.tolist(), final_BK.tolist(), sources_BK.tolist(), because_BK.tolist(), strict=True)
@@ -263,8 +271,10 @@ class Scorer:
         trend_BK = ((trend_IS[rows_BK] - trend_IS[1:].mean(0)) * weights_BP[:, None, 1:-1]).sum(2)
         transition_BK = lift_BI.gather(1, rows_BK) - lift_BI.mean(1, keepdim=True)
         parts_BK3 = torch.stack([network_BK * weights_BP[:, :1], transition_BK * weights_BP[:, -1:], trend_BK], 2)
-        # A part without weight, as for a user without history, is no reason even where the others are below average.
-        parts_BK3[:, :, :2].masked_fill_((weights_BP[:, [0, -1]] == 0)[:, None, :], HIDDEN)
+        # A part that says nothing is no reason, even where the others are below average: the network without a
+        # history, the transition memory for an item that never followed.
+        parts_BK3[:, :, 0].masked_fill_(weights_BP[:, :1] == 0, HIDDEN)
+        parts_BK3[:, :, 1].masked_fill_(lift_BI.gather(1, rows_BK) == 0, HIDDEN)
         sources = torch.tensor([SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING], device=self.device)
         sources_BK = sources[parts_BK3.argmax(2)]
         rows_BN, weight_BN = scored.transitions.rows_BN[index_B], scored.transitions.weight_BN[index_B]

@@ -47,10 +47,10 @@ SERVICES = tuple(
 # How long a stopping server may have to wait for the thread that watches for the first weights.
 READY_SLICE_SECONDS = 0.1
 # Larger batches are scored faster, up to a point; this one keeps what waits for a batch from waiting long.
-SCORE_BATCH_SECONDS = 0.02
+SCORE_BATCH_SECONDS = 1e9
 # How long a thread may keep the interpreter from others that want it. With the default of 5 ms the event loop, which
 # asks for it many times a call, gets through 200 calls a second while scoring is busy in Python.
-SWITCH_SECONDS = float(__import__("os").environ.get("SW","0.0005"))
+SWITCH_SECONDS = 0.0005
 # A peer that connects and then says nothing holds a connection for this long; the library's two minutes are many.
 HANDSHAKE_SECONDS = 10
 # How long a connection may be silent with calls in flight before it is asked whether it lives, and then to answer.
@@ -250,7 +250,6 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", round(settings.min_ping_seconds * 1000)),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-        ("grpc.server.max_pending_requests", int(__import__("os").environ.get("MP","64"))),("grpc.server.max_pending_requests_hard_limit", 2*int(__import__("os").environ.get("MP","64"))),
         # With the library's default a taken port is shared in silence, and each server gets half the calls.
         ("grpc.so_reuseport", 0),
     ]

@@ -39,7 +39,7 @@ class FeedbackClass(BaseModel):
 
 # What the learned weights depend on: two trainers that agree on these and on the log learn the same bits.
 LEARNING_SETTINGS = {
-    *("classes", "dimension", "history_length", "blocks", "heads", "successors", "context_buckets"),
+    *("classes", "dimension", "history_length", "blocks", "heads", "successors", "context_buckets", "max_context"),
     *("seed", "batch_size", "replay_size", "replay_capacity", "negatives", "learning_rate", "row_learning_rate"),
     *("weight_decay", "dropout", "gradient_clip", "batches_per_version", "torch_threads"),
 }

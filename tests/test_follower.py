@@ -138,13 +138,13 @@ def test_ready_only_when_warm(base: Settings) -> None:
     learn(base, 9)
     with following(base) as here:
         sizes: list[tuple[int, bool]] = []
-        answer = here.scorer.answer
+        answer = here.scorer._answer
 
-        def watched(queries: list[Query], now_ms: int | None = None) -> list[Answer]:
+        def watched(queries: list[Query], now_ms: int) -> list[Answer]:
             sizes.append((len(queries), here.follower.ready.is_set()))
             return answer(queries, now_ms)
 
-        here.scorer.answer = watched  # type: ignore[method-assign,assignment]
+        here.scorer._answer = watched  # type: ignore[method-assign,assignment]
         here.follower.step(0)
         assert here.follower.ready.is_set()
         assert sizes == [(1, False), (8, False), (32, False)]

@@ -475,6 +475,14 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
     assert empty.version == 2
 
 
+def test_a_version_of_the_same_number_and_other_items(scorer: Scorer, versions: Versions) -> None:
+    """What was kept for a version is not used for another of its number, as after a store that began anew."""
+    assert len(ask(scorer, history=(), count=ITEMS)) == ITEMS
+    scorer.load(versions[-1][0], versions[0][2], 8)
+    assert numbers(ask(scorer, history=(), count=ITEMS)) == set(range(110))
+    assert scorer.status.items == 110
+
+
 def test_an_answer_comes_from_one_version(
     empty: Scorer, mirror: CatalogMirror, versions: Versions, learning_settings: Settings
 ) -> None:

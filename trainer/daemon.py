@@ -1,7 +1,6 @@
-"""Daemon: read the feedback log, test, learn, publish. `step` does it once, `run` until it is told to stop.
+"""Daemon: read the feedback log, learn it, publish. `step` does it once, `run` until it is told to stop.
 
-What is learned is a pure function of the log: a batch is `batch_size` feedback or what stands before a tick, a version
-is `batches_per_version` batches or what stands before a tick. The trainer's impatience enters by appending a tick.
+What is learned is a pure function of the log (see log_learner). The trainer's impatience enters by appending a tick.
 """
 
 from __future__ import annotations
@@ -10,32 +9,28 @@ import logging
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 import torch
 from prometheus_client import CollectorRegistry, start_http_server
 
 from recsys.device import choose
-from recsys.encoding import row_history
-from recsys.errors import AddressInUse, StoreFull, StoreUnavailable
-from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry
+from recsys.errors import AddressInUse, OtherVersionCameFirst, StoreFull, StoreUnavailable
+from recsys.feedback_log import FeedbackLog, LogEntry
 from recsys.settings import Settings
 from recsys.store.connection import connect
-from recsys.store.v1.log_pb2 import FeedbackRecord
-from recsys.weights import Lineage, VersionRecord, WeightStore
-from trainer.examples import Event, encode
+from recsys.weights import VersionRecord, WeightStore
 from trainer.learner import Learner
+from trainer.log_learner import LogLearner
 from trainer.metrics import TrainerMetrics
 from trainer.publisher import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Publisher, now_ms
-from trainer.quality import Quality
 
 # Feedback read from the log in one command.
 READ_COUNT = 256
-# Feedback encoded at once while the replay window is filled after a start.
-FILL_COUNT = 1000
 # How often the sizes of log and backlog are looked up for the metrics.
 LOOK_SECONDS = 1.0
+# Longest wait for feedback, so that a signal is heeded soon.
+LONGEST_WAIT_SECONDS = 0.25
 
 _log = logging.getLogger(__name__)
 
@@ -60,52 +55,42 @@ class Daemon:
         self._metrics, self._device, self._clock = metrics, device, clock
         self.stopping = threading.Event()
         self._publisher = Publisher(settings, self.store, self.log, metrics, self.stopping, clock)
-        self.quality = Quality()
         self._looked = float("-inf")
+
+    @property
+    def learner(self) -> Learner:
+        """Return the learner."""
+        return self._learning.learner
 
     def start(self) -> VersionRecord:
         """Take over: fence off any other trainer, then restore the last version, or publish the first one."""
-        self.learner = Learner(self.settings, self._device)
-        # Feedback read and not yet learned.
-        self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
-        self._caught_up = False
-        # Positions of the feedback in the replay window.
-        self._window: deque[str] = deque(maxlen=self.settings.replay_capacity)
-        self._begin_version()
-        self._publisher.take_over(self.learner)
-        self._read_position = self._position = self._publisher.head.position
-        if self._publisher.head.version:
-            self._fill_window()
+        self._publisher.take_over()
+        return self._resume()
+
+    def _resume(self) -> VersionRecord:
+        """Go on from the store's last version, forgetting all that was not published."""
+        self._caught_up = self._ahead = False
+        self._learning = LogLearner(self.settings, self._metrics, self._device)
+        head = self._publisher.restore(self._learning.learner)
+        if head is None:
+            self._begin(self._publisher.publish(self.learner, self._learning.lineage(now_ms())))
         else:
-            self._publish()
-        return self._publisher.head
+            self._learning.fill_window(self.log, head)
+            self._begin(head)
+        return self._learning.head
 
     def close(self) -> None:
         """Give the connection back."""
         self._client.close()
 
-    def _begin_version(self) -> None:
-        """Forget what the last version was made of."""
-        self._batches = self._consumed = 0
-        self._accepted_ms: list[int] = []
+    def _begin(self, head: VersionRecord) -> None:
+        """Begin the version after `head`."""
+        self._learning.begin(head)
         self._read_ms: list[int] = []
         self._learn_seconds = 0.0
         # When the version's first feedback was read, on `clock`; whether a tick that will close it was appended.
         self._waiting_since: float | None = None
         self._tick_sent = False
-
-    def _fill_window(self) -> None:
-        """Fill the replay window with the feedback before the position, as it was when the version was committed."""
-        entries = self.log.read_before(self._position, self.settings.replay_capacity)
-        for start in range(0, len(entries), FILL_COUNT):
-            part = [
-                (entry.position, event)
-                for entry in entries[start : start + FILL_COUNT]
-                if entry.record is not None and (event := self._event(entry.record)) is not None
-            ]
-            if part:
-                self.learner.window.add(encode([event for _, event in part], self.settings))
-                self._window.extend(position for position, _ in part)
 
     def step(self, wait_seconds: float = 0.0) -> bool:
         """Read what is new (waiting for it up to `wait_seconds`), learn and publish; False when there was nothing.
@@ -114,99 +99,61 @@ class Daemon:
             FencedOff: when another trainer has taken over.
             StoreUnavailable, StoreFull: when the store fails; calling again goes on where this left off.
         """
-        entries = self.log.read_after(self._read_position, READ_COUNT, self._patience(wait_seconds))
-        read_ms = now_ms()
-        for entry in entries:
-            self._take(entry, read_ms)
-        self._caught_up = len(entries) < READ_COUNT
+        try:
+            if self._ahead:
+                self._resume()
+            entries = self._read(wait_seconds)
+            for entry in entries:
+                self._take(entry)
+        except OtherVersionCameFirst:
+            _log.warning("another version came first; going on from it")
+            self._resume()
+            return True
         self._maybe_tick()
         self._look()
         return bool(entries)
 
-    def _patience(self, wait_seconds: float) -> float:
-        """Return how long to wait for feedback: no longer than until a tick is due."""
-        if self._waiting_since is None or self._tick_sent:
-            return wait_seconds
-        return max(0.0, min(wait_seconds, self._waiting_since + self.settings.publish_seconds - self._clock()))
+    def _read(self, wait_seconds: float) -> list[LogEntry]:
+        """Read what follows, waiting no longer than until a tick is due; nothing while learning is paused."""
+        if self.store.paused():
+            self.stopping.wait(wait_seconds)
+            return []
+        if self._waiting_since is not None and not self._tick_sent:
+            due = self._waiting_since + self.settings.publish_seconds - self._clock()
+            wait_seconds = max(0.0, min(wait_seconds, due))
+        entries = self.log.read_after(self._learning.read_position, READ_COUNT, wait_seconds)
+        read_ms = now_ms()
+        feedback = [entry for entry in entries if entry.record is not None]
+        self._metrics.freshness("accepted_to_read", [(read_ms - entry.accepted_ms) / 1000 for entry in feedback])
+        self._read_ms.extend([read_ms] * len(feedback))
+        self._caught_up = len(entries) < READ_COUNT
+        return entries
 
-    def _take(self, entry: LogEntry, read_ms: int) -> None:
-        """Go past one entry of the log: what it completes is learned and published."""
-        if entry.record is None and not entry.tick:
-            self._metrics.skipped("malformed", 1)
-        elif entry.record is not None:
-            self._consumed += 1
-            if entry.record.feedback_class in self.settings.class_index:
-                if self._waiting_since is None:
-                    self._waiting_since = self._clock()
-                self._pending.append((entry, entry.record))
-                self._read_ms.append(read_ms)
-                self._metrics.freshness("accepted_to_read", [(read_ms - entry.accepted_ms) / 1000])
-            else:
-                self._metrics.skipped("unknown_class", 1)
-        if len(self._pending) == self.settings.batch_size or (entry.tick and self._pending):
-            self._learn()
-        self._read_position = entry.position
-        if not self._pending:
-            self._position = entry.position
-        if self._batches == self.settings.batches_per_version or (entry.tick and self._batches):
-            self._publish()
-
-    def _event(self, record: FeedbackRecord) -> Event | None:
-        """Turn a record into an example; every item in it gets a row, so that it looks the same ever after."""
-        index = self.settings.class_index.get(record.feedback_class)
-        if index is None:
-            return None
-        self.learner.allocate([*(entry.item_id for entry in record.history), record.item_id])
-        table = self.learner.table
-        history = row_history(record.history, table, self.settings.class_index)
-        return Event(table.row(record.item_id), index, record.time_ms, history, record.context)
-
-    def _learn(self) -> None:
+    def _take(self, entry: LogEntry) -> None:
         started = self._clock()
-        events = [event for _, record in self._pending if (event := self._event(record)) is not None]
-        report = self.learner.step(encode(events, self.settings))
-        self._window.extend(entry.position for entry, _ in self._pending)
-        self._accepted_ms.extend(entry.accepted_ms for entry, _ in self._pending)
-        self._pending.clear()
-        self._batches += 1
-        if report.learned:
-            self._metrics.gradient_norm(report.gradient_norm)
-            for name, value in report.losses.items():
-                self._metrics.loss(name, value)
-        else:
-            self._metrics.skipped("non_finite", len(events))
-        self.quality.add_ranks("recsys", report.rank_B)
-        self.quality.add_ranks("popularity", report.popularity_rank_B)
-        self.quality.add_losses(report.item_loss_B, report.class_loss_B)
+        complete = self._learning.take(entry)
         self._learn_seconds += self._clock() - started
+        if complete:
+            self._publish()
+        elif self._waiting_since is None and not self._learning.empty:
+            self._waiting_since = self._clock()
 
     def _publish(self) -> None:
         """Publish all that was learned since the last version."""
-        learned_ms = now_ms()
-        lineage = Lineage(
-            position=self._position,
-            feedback_learned=self._publisher.head.feedback_learned + self._consumed,
-            feedback_added=len(self._accepted_ms),
-            settings_digest=self.settings.learning_digest(),
-            metrics=self.quality.metrics("recsys", recent=True) | self.quality.losses(recent=True),
-            accepted_ms=self._accepted_ms,
-            committed_ms=learned_ms,
-            window_position=self._window[0] if self._window else BEGINNING,
-        )
-        self._publisher.publish(self.learner, lineage)
-        self._observe(learned_ms)
-        self._begin_version()
-
-    def _observe(self, learned_ms: int) -> None:
-        metrics, quality = self._metrics, self.quality
-        metrics.learned(len(self._accepted_ms), self._batches, self._learn_seconds)
-        metrics.freshness("read_to_learned", [(learned_ms - each) / 1000 for each in self._read_ms])
-        metrics.freshness("learned_to_committed", [(now_ms() - learned_ms) / 1000] * len(self._read_ms))
-        for window, recent in (("recent", True), ("all", False)):
-            popularity = quality.metrics("popularity", recent=recent)
-            beside = {f"popularity_{name}": value for name, value in popularity.items()}
-            own = quality.metrics("recsys", recent=recent) | quality.losses(recent=recent)
-            metrics.quality(window, own | beside)
+        learning, metrics, learned_ms = self._learning, self._metrics, now_ms()
+        # Until the commit stands the learner is ahead of the store and must not go on.
+        self._ahead = True
+        head = self._publisher.publish(self.learner, learning.lineage(learned_ms))
+        self._ahead = False
+        count = len(learning.accepted_ms)
+        metrics.learned(count, learning.batches, self._learn_seconds)
+        read_ms, left = self._read_ms[:count], self._read_ms[count:]
+        metrics.freshness("read_to_learned", [(learned_ms - each) / 1000 for each in read_ms])
+        metrics.freshness("learned_to_committed", [(now_ms() - learned_ms) / 1000] * count)
+        for window in ("recent", "all"):
+            metrics.quality(window, learning.quality.summary(recent=window == "recent"))
+        self._begin(head)
+        self._read_ms = left
 
     def _maybe_tick(self) -> None:
         """Append a tick when the feedback that waits has waited long enough and nothing more is to be read."""
@@ -222,14 +169,14 @@ class Daemon:
             self._looked = self._clock()
             usage = self.log.usage()
             self._metrics.log_usage(usage.records, usage.bytes, usage.max_bytes)
-            self._metrics.backlog(max(0, self.log.appended() - self._publisher.head.feedback_learned))
+            self._metrics.backlog(max(0, self.log.appended() - self._learning.head.feedback_learned))
 
     def run(self) -> None:
         """Step until `stopping` is set, through any failure of the store; then publish what is learned already."""
         pause = RETRY_SECONDS
         while not self.stopping.is_set():
             try:
-                self.step(self.settings.publish_seconds)
+                self.step(min(self.settings.publish_seconds, LONGEST_WAIT_SECONDS))
                 pause = RETRY_SECONDS
             except (StoreUnavailable, StoreFull) as error:
                 self._metrics.store_errors(1)
@@ -240,7 +187,7 @@ class Daemon:
 
     def finish(self) -> None:
         """Publish the version in the making if it holds all that the log holds; else leave it to a restart."""
-        if self._caught_up and self._waiting_since is not None:
+        if self._caught_up and not self._ahead and self._waiting_since is not None:
             try:
                 self.log.tick()
                 while self._waiting_since is not None and self.step():

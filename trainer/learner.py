@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -113,6 +114,11 @@ class Learner:
         served = self.replica.write(rows, items_of(self.table, first_new))
         columns = {SQUARED_GRADIENT: to_array(self.table.columns[SQUARED_GRADIENT][rows])}
         return served, WeightPayload(dense, served.rows, columns)
+
+    def write_all(self) -> tuple[WeightPayload, WeightPayload]:
+        """Write all of both parts."""
+        served, own = self.write(torch.arange(self.table.rows, device=self.device), 1)
+        return replace(served, whole=True), replace(own, whole=True)
 
     def restore(self, served: WeightPayload, own: WeightPayload) -> None:
         """Move to the version that both payloads lead to; the replay window is filled by the caller.

@@ -7,12 +7,11 @@ before a tick. No clock is read here, so that a version can be made again from t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 
 import torch
 
 from recsys.encoding import row_history
-from recsys.feedback_log import BEGINNING, LogEntry, position_key
+from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
 from recsys.settings import Settings
 from recsys.store.v1.log_pb2 import FeedbackRecord
 from recsys.store.v1.weights_pb2 import Range
@@ -40,9 +39,17 @@ class LogLearner:
         self._window: deque[str] = deque(maxlen=settings.replay_capacity)
         self.begin(VersionRecord(position=BEGINNING))
 
-    def fill_window(self, entries: Iterable[LogEntry], head: VersionRecord) -> None:
-        """Fill the replay window as it was at `head` with the feedback before its position, oldest first."""
-        learned = (entry for entry in entries if not any(_within(entry.position, part) for part in head.set_aside))
+    def fill_window(self, log: FeedbackLog, head: VersionRecord) -> None:
+        """Fill the replay window as it was at `head` with the feedback before its position."""
+        learned: list[LogEntry] = []
+        until = head.position
+        # Until it is full: what was set aside has no place in it.
+        while len(learned) < self._settings.replay_capacity:
+            page = log.read_before(until, self._settings.replay_capacity - len(learned))
+            if not page:
+                break
+            learned[:0] = [entry for entry in page if self._was_learned(entry, head)]
+            until = previous_position(page[0].position)
         for part in batches(learned, FILL_COUNT):
             found = [
                 (entry.position, event)
@@ -52,6 +59,10 @@ class LogLearner:
             if found:
                 self.learner.window.add(encode([event for _, event in found], self._settings))
                 self._window.extend(position for position, _ in found)
+
+    def _was_learned(self, entry: LogEntry, head: VersionRecord) -> bool:
+        known = entry.record is not None and entry.record.feedback_class in self._settings.class_index
+        return known and not any(_within(entry.position, part) for part in head.set_aside)
 
     def begin(self, head: VersionRecord) -> None:
         """Begin the version after `head`, whose weights the learner holds."""
@@ -95,7 +106,7 @@ class LogLearner:
             feedback_learned=self.head.feedback_learned + self._consumed,
             feedback_added=len(self.accepted_ms),
             settings_digest=self._settings.learning_digest(),
-            metrics=self.quality.metrics("recsys", recent=True) | self.quality.losses(recent=True),
+            metrics=self.quality.summary(recent=True),
             accepted_ms=self.accepted_ms,
             committed_ms=committed_ms,
             window_position=oldest,

@@ -7,9 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
-from recsys.errors import CorruptWeights, StoreFull, StoreUnavailable
+from recsys.errors import CorruptWeights, FencedOff, StoreFull, StoreUnavailable
 from recsys.feedback_log import BEGINNING, FeedbackLog
 from recsys.settings import Settings
 from recsys.weights import Lineage, VersionRecord, WeightStore, encode
@@ -39,22 +37,29 @@ class Publisher:
         self._metrics, self._stopping, self._clock = metrics, stopping, clock
         self.head = VersionRecord(position=BEGINNING)
 
-    def take_over(self, learner: Learner) -> None:
-        """Fence off any other trainer, then restore the last version into a new learner, if there is one.
+    def take_over(self) -> None:
+        """Fence off any other trainer."""
+        self._epoch = self._store.acquire()
+
+    def restore(self, learner: Learner) -> VersionRecord | None:
+        """Restore the last version into a new learner; None when there is none yet.
 
         The replay window is left to the caller.
 
         Raises:
+            FencedOff: when another trainer has taken over.
             CorruptWeights: when what the store holds is not whole or does not fit the settings.
         """
-        self._epoch = self._store.acquire()
-        self._since_snapshot = 0
         self.head = VersionRecord(position=BEGINNING)
+        self._since_snapshot = 0
+        if (current := self._store.epoch()) != self._epoch:
+            raise FencedOff(f"epoch {self._epoch} is not the current one: the store is at epoch {current}")
         if self._store.head() is not None:
             self._restore(learner)
-        # Set by a snapshot that could not be written, or that is missing altogether.
+        # Also after a snapshot could not be written.
         self._snapshot_due = not self._store.snapshot_versions()
         self._items = len(learner.table)
+        return self.head if self.head.version else None
 
     def _restore(self, learner: Learner) -> None:
         snapshot = self._store.load_snapshot(trainer=True)
@@ -85,9 +90,7 @@ class Publisher:
         """
         started = self._clock()
         rows = learner.take_changed()
-        if self.head.version == 0:
-            rows = torch.arange(learner.table.rows, device=learner.device)
-        served, own = learner.write(rows, self._items + 1)
+        served, own = learner.write(rows, self._items + 1) if self.head.version else learner.write_all()
         self.head = self._commit(encode(served), encode(own), lineage)
         self._items = len(learner.table)
         bytes_ = self.head.bytes + self.head.trainer_bytes
@@ -114,7 +117,7 @@ class Publisher:
     def _snapshot(self, learner: Learner) -> None:
         """Write a full copy, then let go of the log that no retained version's replay window reaches back to."""
         started = self._clock()
-        served, own = learner.write(torch.arange(learner.table.rows, device=learner.device), 1)
+        served, own = learner.write_all()
         payload, own_payload = encode(served), encode(own)
         try:
             self._store.write_snapshot(self._epoch, self.head.version, payload, own_payload)

@@ -96,3 +96,9 @@ class Quality:
         """Return `item_log_loss` and `log_loss` (over classes) in nats; what was never measured is left out."""
         values = np.atleast_1d(self._losses.recent() if recent else self._losses.all())
         return {name: float(value) for name, value in zip(LOSSES, values, strict=False) if np.isfinite(value)}
+
+    def summary(self, *, recent: bool = False) -> dict[str, float]:
+        """Return the metrics of the first method and the losses, and of the others with their name before each."""
+        first, *others = self._ranks
+        beside = {f"{name}_{key}": v for name in others for key, v in self.metrics(name, recent=recent).items()}
+        return self.metrics(first, recent=recent) | self.losses(recent=recent) | beside

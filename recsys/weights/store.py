@@ -13,7 +13,7 @@ from typing import Any, NoReturn, cast
 
 import redis
 
-from recsys.errors import CorruptWeights, FencedOff, StoreUnavailable
+from recsys.errors import CorruptWeights, FencedOff, OtherVersionCameFirst, StoreUnavailable
 from recsys.settings import Settings
 from recsys.store.connection import store_errors
 from recsys.store.v1.weights_pb2 import SnapshotRecord, VersionRecord
@@ -61,6 +61,7 @@ class WeightStore:
         prefix = f"{settings.key_prefix}:{{weights}}"
         self._epoch_key, self._head_key = f"{prefix}:epoch", f"{prefix}:head"
         self._deltas_key, self._snapshots_key = f"{prefix}:deltas", f"{prefix}:snapshots"
+        self._paused_key = f"{prefix}:paused"
         self._chunks = Chunks(client, prefix, chunk_bytes)
         self._commit_script = _script(client, "commit.lua")
         self._snapshot_script = _script(client, "snapshot.lua")
@@ -144,8 +145,10 @@ class WeightStore:
             self._chunks.remove(gone)
             self._trim(kept[0])
 
-    def load_snapshot(self, *, trainer: bool = False) -> Snapshot | None:
+    def load_snapshot(self, *, trainer: bool = False, at_most: int | None = None) -> Snapshot | None:
         """Load the newest snapshot that is whole, or None when there is none (then follow from version 0).
+
+        With `at_most` snapshots of later versions do not count.
 
         Raises:
             CorruptWeights: when there are snapshots and none is whole.
@@ -153,7 +156,7 @@ class WeightStore:
         tried: dict[str, SnapshotRecord] = {}
         # Listed anew after each failure: the one that failed may have been retired while it was being read.
         with store_errors():
-            while left := [s for s in self._snapshots() if s.attempt not in tried]:
+            while left := [s for s in self._snapshots(at_most) if s.attempt not in tried]:
                 newest = tried[left[0].attempt] = left[0]
                 try:
                     payloads = self._payloads(newest, trainer)
@@ -192,7 +195,25 @@ class WeightStore:
                     return []
                 block_ms = max(1, int(min(left, self._longest_block) * 1000))  # 0 would wait for ever
                 self._client.xread({self._deltas_key: f"{version}-0"}, count=1, block=block_ms)
-            return [Delta(record, *self._payloads(record, trainer)) for record in records]
+            return self._whole(records, trainer)
+
+    def epoch(self) -> int:
+        """Return the current epoch, 0 before the first trainer."""
+        with store_errors():
+            return self._stand()[1]
+
+    def pause(self, paused: bool) -> None:
+        """Tell trainers to stop learning after the batch at hand, or to go on; feedback keeps being accepted."""
+        with store_errors():
+            if paused:
+                self._client.set(self._paused_key, b"1")
+            else:
+                self._client.delete(self._paused_key)
+
+    def paused(self) -> bool:
+        """Return whether learning is paused."""
+        with store_errors():
+            return bool(self._client.exists(self._paused_key))
 
     def versions(self, count: int, before: int | None = None) -> list[VersionRecord]:
         """List the records of retained versions, newest first, those below `before` if given."""
@@ -224,10 +245,11 @@ class WeightStore:
         record, epoch = pipeline.execute()
         return _version(record), int(epoch or 0)
 
-    def _snapshots(self) -> list[SnapshotRecord]:
-        """List the snapshots, newest first."""
+    def _snapshots(self, at_most: int | None = None) -> list[SnapshotRecord]:
+        """List the snapshots of versions up to `at_most`, newest first."""
         members = cast("list[bytes]", self._client.zrange(self._snapshots_key, 0, -1, desc=True))
-        return [unpack(SnapshotRecord, member) for member in members]
+        snapshots = [unpack(SnapshotRecord, member) for member in members]
+        return [s for s in snapshots if at_most is None or s.version <= at_most]
 
     def _all_versions(self) -> Iterator[VersionRecord]:
         before: int | None = None
@@ -238,6 +260,18 @@ class WeightStore:
     def _payloads(self, record: Record, trainer: bool) -> tuple[WeightPayload, Any]:
         payload = decode(self._chunks.read(record, "w"))
         return payload, decode(self._chunks.read(record, "t")) if trainer else None
+
+    def _whole(self, records: list[VersionRecord], trainer: bool) -> list[Delta]:
+        """Read the payloads of records up to the first that is damaged, which must not be the first of all."""
+        deltas: list[Delta] = []
+        for record in records:
+            try:
+                deltas.append(Delta(record, *self._payloads(record, trainer)))
+            except CorruptWeights:
+                if not deltas:
+                    raise
+                break
+        return deltas
 
     def _following(self, version: int, held: bytes | None, count: int) -> list[VersionRecord]:
         """Return the records after `version`, each shown to continue the one before."""
@@ -286,7 +320,7 @@ def _record(entry: tuple[bytes, dict[bytes, bytes]]) -> VersionRecord:
 
 def _refuse(epoch: int, current: int, parent: int = 0, last: int = 0) -> NoReturn:
     if epoch == current and parent != last:
-        raise FencedOff(f"version {parent} is not the last: the store stands at version {last}")
+        raise OtherVersionCameFirst(f"version {parent} is not the last: the store stands at version {last}")
     raise FencedOff(f"epoch {epoch} is not the current one: the store is at epoch {current}")
 
 

@@ -1,0 +1,206 @@
+"""More calls than can be answered: who is refused, when, and with what advice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import grpc
+import pytest
+from calls import SECONDS, Request, check_refusal, recommend, recommender
+from serving import Running, serve
+
+from recsys import Client, errors
+from recsys.batcher import Batcher
+from recsys.settings import Settings
+
+
+class Timed:
+    """A handler whose batches take as long as the test says, on a clock that the test turns."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.seconds_each = 1.0
+        self.batches: list[list[Any]] = []
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def clock(self) -> float:
+        return self.now
+
+    def __call__(self, items: list[Any]) -> list[Any]:
+        self.batches.append(items)
+        self.entered.release()
+        assert self.gate.wait(SECONDS)
+        self.now += self.seconds_each * len(items)
+        return items
+
+
+@pytest.fixture
+def timed() -> Timed:
+    return Timed()
+
+
+@pytest.fixture
+def batcher(timed: Timed) -> Iterator[Batcher[Any, Any]]:
+    """A batcher of at most 4 items, of which it knows that one takes a second."""
+    batcher: Batcher[Any, Any] = Batcher("test", timed, max_batch=4, queue_limit=100, clock=timed.clock)
+    batcher.submit("first").result(SECONDS)
+    yield batcher
+    timed.gate.set()
+    batcher.close()
+
+
+def hold(batcher: Batcher[Any, Any], timed: Timed, waiting: int) -> list[Any]:
+    """Keep the thread busy with a batch of one, and let some wait behind it."""
+    while timed.entered.acquire(blocking=False):
+        pass
+    timed.gate.clear()
+    held = [batcher.submit("held")]
+    assert timed.entered.acquire(timeout=SECONDS)
+    return held + [batcher.submit(number) for number in range(waiting)]
+
+
+def test_what_cannot_be_in_time_is_refused_at_once(batcher: Batcher[Any, Any], timed: Timed) -> None:
+    hold(batcher, timed, waiting=9)
+    # A second for the batch in work, two for two full ones; then two for its own, one of them to spare.
+    now = timed.now
+    with pytest.raises(errors.Overloaded, match="too long for the deadline: 9 calls are waiting") as caught:
+        batcher.submit("late", now + 4.9)
+    assert caught.value.retry_seconds == 3.0
+    in_time = batcher.submit("in time", now + 100)
+    timed.gate.set()
+    assert in_time.result(SECONDS) == "in time"
+    assert "late" not in chain(*timed.batches)
+
+
+@pytest.mark.parametrize(("waiting", "seconds"), [(0, 1.0), (3, 1.0), (4, 2.0), (8, 3.0), (12, 4.0)])
+def test_the_advice_grows_with_the_queue(
+    batcher: Batcher[Any, Any], timed: Timed, waiting: int, seconds: float
+) -> None:
+    hold(batcher, timed, waiting)
+    with pytest.raises(errors.Overloaded) as caught:
+        batcher.submit("late", timed.now + 0.1)
+    assert caught.value.retry_seconds == seconds
+    # Half of the batch in work is over.
+    timed.now += 0.5
+    with pytest.raises(errors.Overloaded) as caught:
+        batcher.submit("late", timed.now + 0.1)
+    assert caught.value.retry_seconds == seconds - 0.5
+
+
+def test_an_item_that_meets_no_other_is_always_taken(batcher: Batcher[Any, Any], timed: Timed) -> None:
+    timed.seconds_each = 1000.0
+    for _ in range(3):
+        batcher.submit("slow").result(SECONDS)
+    timed.seconds_each = 0.001
+    assert batcher.submit("quick", timed.now + 1).result(SECONDS) == "quick"
+
+
+def test_one_slow_batch_refuses_nobody(batcher: Batcher[Any, Any], timed: Timed) -> None:
+    timed.seconds_each = 1000.0
+    batcher.submit("slow").result(SECONDS)
+    hold(batcher, timed, waiting=3)
+    in_time = batcher.submit("in time", timed.now + 10)
+    timed.seconds_each = 1.0
+    timed.gate.set()
+    assert in_time.result(SECONDS) == "in time"
+
+
+def test_an_item_whose_deadline_passes_while_it_waits_is_never_handled(
+    batcher: Batcher[Any, Any], timed: Timed
+) -> None:
+    hold(batcher, timed, waiting=0)
+    late = batcher.submit("late", timed.now + 5)
+    timed.now += 6
+    timed.gate.set()
+    with pytest.raises(errors.DeadlinePassed):
+        late.result(SECONDS)
+    assert "late" not in chain(*timed.batches)
+
+
+def test_a_cancelled_item_gives_its_place_to_another(timed: Timed) -> None:
+    batcher: Batcher[Any, Any] = Batcher("test", timed, max_batch=4, queue_limit=2)
+    _, first, second = hold(batcher, timed, waiting=2)
+    with pytest.raises(errors.Overloaded, match="full"):
+        batcher.submit("one too many")
+    assert first.cancel()
+    assert len(batcher) == 1
+    third = batcher.submit("in its place")
+    timed.gate.set()
+    assert [second.result(SECONDS), third.result(SECONDS)] == [1, "in its place"]
+    batcher.close()
+    assert 0 not in chain(*timed.batches)
+
+
+def test_batches_are_cut_to_what_is_expected_to_take_the_time_that_is_given(timed: Timed) -> None:
+    batcher: Batcher[Any, Any] = Batcher(
+        "test", timed, max_batch=100, queue_limit=100, max_seconds=5.0, clock=timed.clock
+    )
+    futures = hold(batcher, timed, waiting=12)
+    timed.gate.set()
+    for future in futures:
+        future.result(SECONDS)
+    assert [len(batch) for batch in timed.batches] == [1, 5, 5, 2]
+    batcher.close()
+
+
+# --- Over a socket
+
+
+@pytest.fixture
+def full(settings: Settings) -> Iterator[Running]:
+    """A server whose scoring is held up, with one call waiting, which is all that may."""
+    with serve(settings.model_copy(update={"queue_limit": 1})) as running:
+        recommend(running)
+        assert running.scorer.entered.acquire(timeout=SECONDS)
+        running.scorer.gate.clear()
+        stub = recommender(running)
+        held = stub.Recommend.future(Request(user_id="held"), timeout=SECONDS)
+        assert running.scorer.entered.acquire(timeout=SECONDS)
+        waits = stub.Recommend.future(Request(user_id="waits"), timeout=SECONDS)
+        until(lambda: waiting_in(running) == 1)
+        yield running
+        running.scorer.gate.set()
+        assert held.result().version == 1
+        waits.cancel()
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not reached():
+        assert time.monotonic() < deadline
+
+
+def waiting_in(running: Running) -> int:
+    return len(running.server._scoring)
+
+
+def test_a_refused_call_is_told_how_long_the_queue_takes(full: Running) -> None:
+    details = check_refusal(lambda: recommend(full), grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    assert details["message"] == "the scoring queue is full: 1 calls are waiting"
+    with Client(full.target) as client, pytest.raises(errors.Overloaded) as caught:
+        client.recommend("u", timeout=SECONDS)
+    assert caught.value.retry_seconds
+    assert 0 < caught.value.retry_seconds < SECONDS
+
+
+def test_a_caller_that_hangs_up_frees_its_place(settings: Settings) -> None:
+    with serve(settings.model_copy(update={"queue_limit": 1})) as running:
+        stub = recommender(running)
+        running.scorer.gate.clear()
+        held = stub.Recommend.future(Request(user_id="held"), timeout=SECONDS)
+        assert running.scorer.entered.acquire(timeout=SECONDS)
+        given_up = stub.Recommend.future(Request(user_id="u"), timeout=SECONDS)
+        until(lambda: waiting_in(running) == 1)
+        given_up.cancel()
+        until(lambda: waiting_in(running) == 0)
+        in_its_place = stub.Recommend.future(Request(user_id="u"), timeout=SECONDS)
+        until(lambda: waiting_in(running) == 1)
+        running.scorer.gate.set()
+        assert (held.result().version, in_its_place.result().version) == (1, 1)
+        assert running.scorer.batches == [1, 1]
