@@ -47,9 +47,9 @@ SERVICES = tuple(
 # How long a stopping server may have to wait for the thread that watches for the first weights.
 READY_SLICE_SECONDS = 0.1
 # Larger batches are scored faster, up to a point; this one keeps what waits for a batch from waiting long.
-SCORE_BATCH_SECONDS = 1e9
+SCORE_BATCH_SECONDS = 0.02
 # How long a thread may keep the interpreter from others that want it. With the default of 5 ms the event loop, which
-# asks for it many times a call, gets through 200 calls a second while scoring is busy in Python.
+# asks for it many times a call, waits that long each time while scoring is busy in Python.
 SWITCH_SECONDS = 0.0005
 # A peer that connects and then says nothing holds a connection for this long; the library's two minutes are many.
 HANDSHAKE_SECONDS = 10

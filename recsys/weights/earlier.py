@@ -14,6 +14,9 @@ from recsys.weights.payload import WeightPayload, encode
 from recsys.weights.record import Lineage, LogRange
 from recsys.weights.store import WeightStore
 
+# The kind of a version that a rollback made.
+ROLLBACK = "rollback"
+
 
 class _Whole:
     """All of one part of a version, moved from version to version by applying payloads."""
@@ -114,7 +117,7 @@ def roll_back(store: WeightStore, version: int, reason: str, now_ms: int) -> Ver
         accepted_ms=(),
         committed_ms=now_ms,
         window_position=record.window_position,
-        kind="rollback",
+        kind=ROLLBACK,
         restored_version=version,
         set_aside=set_aside,
         reason=reason,

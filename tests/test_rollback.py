@@ -1,0 +1,164 @@
+"""Earlier versions: put together again, put in force again, rebuilt from the log and compared bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from learning import CPU, append, make_feedback, small, tick
+from prometheus_client import CollectorRegistry
+
+from recsys.errors import NotRetained
+from recsys.settings import Settings
+from recsys.store.connection import connect
+from recsys.weights import WeightStore, encode
+from recsys.weights.earlier import put_together, roll_back
+from recsys.weights.replica import Replica
+from trainer.daemon import Daemon
+from trainer.metrics import TrainerMetrics
+from trainer.rebuild import Rebuild
+
+
+@contextmanager
+def daemon(settings: Settings) -> Iterator[Daemon]:
+    """A started daemon."""
+    made = Daemon(settings, TrainerMetrics(CollectorRegistry()), CPU, clock=lambda: 0.0)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+def learn(made: Daemon, count: int, first: int = 0) -> None:
+    """Append feedback and a tick, and learn them."""
+    append(made.settings, make_feedback(count, 1, first=first))
+    tick(made.settings)
+    while made.step():
+        pass
+
+
+def weights_of(made: Daemon) -> bytes:
+    """All that servers see, as bytes."""
+    return encode(made.learner.replica.write_all())
+
+
+def test_a_version_is_put_together_from_snapshot_and_deltas(settings: Settings) -> None:
+    base = small(settings).model_copy(update={"snapshot_every_bytes": 1 << 16})
+    stood: dict[int, bytes] = {}
+    with daemon(base) as made, connect(base) as client:
+        store = WeightStore(client, base)
+        for turn in range(6):
+            learn(made, 8, first=8 * turn)
+            head = store.head()
+            assert head is not None
+            stood[head.version] = weights_of(made)
+        kept = {v: w for v, w in stood.items() if v >= min(store.snapshot_versions())}
+        assert len(kept) > 2
+        for version, bytes_ in kept.items():
+            record, served, own = put_together(store, version)
+            assert record.version == version
+            assert encode(served) == bytes_
+            replica = Replica(base, CPU)
+            replica.apply(served)
+            assert encode(replica.write_all()) == bytes_
+            assert own.whole
+        with pytest.raises(NotRetained, match=f"version {max(stood) + 1} is not retained; retained are"):
+            put_together(store, max(stood) + 1)
+
+
+def test_a_rollback_restores_the_content_as_a_new_version_and_learning_goes_on_behind_it(settings: Settings) -> None:
+    base = small(settings)
+    with daemon(base) as made, connect(base) as client:
+        store = WeightStore(client, base)
+        learn(made, 12)
+        good, good_head = weights_of(made), store.head()
+        learn(made, 12, first=12)
+        bad_head = store.head()
+        assert good_head is not None
+        assert bad_head is not None
+        record = roll_back(store, good_head.version, "went wrong", 5)
+        assert (record.version, record.kind, record.restored_version) == (
+            *(bad_head.version + 1, "rollback", good_head.version),
+        )
+        assert (record.position, record.reason) == (bad_head.position, "went wrong")
+        assert [(part.after, part.until) for part in record.set_aside] == [(good_head.position, bad_head.position)]
+        assert encode(put_together(store, record.version)[1]) == good
+        # The trainer at work meets the new version at its next commit and goes on from it.
+        learn(made, 8, first=24)
+        while made.step():
+            pass
+        head = store.head()
+        assert head is not None
+        assert head.version > record.version
+        assert head.feedback_learned == bad_head.feedback_learned + 8
+        went_on = weights_of(made)
+    with daemon(base) as again:
+        assert weights_of(again) == went_on
+        learn(again, 6, first=32)
+        after = weights_of(again)
+    with daemon(base) as third:
+        assert weights_of(third) == after
+    with connect(base) as client:
+        last = WeightStore(client, base).head()
+        assert last is not None
+        assert Rebuild(client, base, CPU).run(last.version).equal
+
+
+def test_rolling_back_to_what_is_in_force_or_gone_is_refused(settings: Settings) -> None:
+    base = small(settings)
+    with daemon(base) as made, connect(base) as client:
+        store = WeightStore(client, base)
+        learn(made, 4)
+        for version in (2, 3):
+            with pytest.raises(NotRetained):
+                roll_back(store, version, "", 0)
+
+
+@pytest.mark.parametrize("replay_capacity", [5, 1000])
+def test_every_version_is_rebuilt_bit_for_bit(settings: Settings, replay_capacity: int) -> None:
+    base = small(settings).model_copy(update={"replay_capacity": replay_capacity, "snapshot_every_bytes": 1 << 17})
+    with daemon(base) as made, connect(base) as client:
+        for turn in range(7):
+            learn(made, 5, first=5 * turn)
+        store, rebuild = WeightStore(client, base), Rebuild(client, base, CPU)
+        head = store.head()
+        assert head is not None
+        for version in range(min(store.snapshot_versions()) + 1, head.version + 1):
+            seen: list[tuple[int, int]] = []
+            rebuilt = rebuild.run(version, lambda done, of, seen=seen: seen.append((done, of)))
+            assert rebuilt.equal
+            assert rebuilt.version == version
+            assert seen[-1] == (rebuilt.versions, rebuilt.versions)
+
+
+def test_a_rebuild_with_other_settings_comes_out_otherwise(settings: Settings) -> None:
+    base = small(settings)
+    with daemon(base) as made, connect(base) as client:
+        learn(made, 8)
+        learn(made, 8, first=8)
+        other = base.model_copy(update={"learning_rate": base.learning_rate * 2})
+        assert Rebuild(client, base, CPU).run(3).different == ()
+        assert Rebuild(client, other, CPU).run(3).different == (2, 3)
+
+
+def test_while_paused_nothing_is_learned_and_nothing_lost(settings: Settings) -> None:
+    base = small(settings)
+    with daemon(base) as made, connect(base) as client:
+        store = WeightStore(client, base)
+        store.pause(True)
+        append(base, make_feedback(6, 1))
+        tick(base)
+        assert not made.step()
+        head = store.head()
+        assert head is not None
+        assert head.version == 1
+        store.pause(False)
+        while made.step():
+            pass
+        head = store.head()
+        assert head is not None
+        assert head.feedback_learned == 6
+    assert torch.get_num_threads() == 1

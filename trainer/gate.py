@@ -1,0 +1,151 @@
+"""Gate: may this version be published? It is tested beside the version being served, on feedback new to both.
+
+Three questions, each with a confidence bound so that noise alone holds nothing: is the version worse at ranking or at
+classifying feedback that neither has learned; is it worse on feedback of the past, drawn from the replay window; are
+its numbers finite and of usual size. Pure functions of weights and feedback: rebuilt versions get the same verdicts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.settings import Settings
+from recsys.weights.replica import SERVED_COLUMNS, Replica
+from trainer.examples import Examples, ReplayWindow
+from trainer.learner import Learner
+from trainer.prequential import Prequential, StepReport
+
+# Losses of single events are capped, in nats, so that a few surprises do not decide.
+LARGEST_LOSS = 15.0
+# Fewer events than this prove nothing.
+LEAST_EVENTS = 30
+# Feedback of the past is asked only when the window holds this many times what a version learns.
+WINDOW_VERSIONS = 20
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Compare two versions on the same events by the difference of their losses, in nats; above 0 is worse."""
+
+    differences: list[float] = field(default_factory=list)
+
+    def add(self, candidate: np.ndarray, served: np.ndarray) -> None:
+        """Add pairs of losses; pairs of which one is not a number are left out."""
+        difference = np.minimum(candidate, LARGEST_LOSS) - np.minimum(served, LARGEST_LOSS)
+        self.differences.extend(difference[np.isfinite(difference)].tolist())
+
+    def at_least(self, confidence: float) -> float:
+        """Return what the mean difference surely reaches, `confidence` standard errors below it; -inf if unknown."""
+        count = len(self.differences)
+        if count < LEAST_EVENTS:
+            return -math.inf
+        values = np.array(self.differences)
+        return float(values.mean() - confidence * values.std(ddof=1) / math.sqrt(count))
+
+    @property
+    def mean(self) -> float:
+        """Return the mean difference, 0 before the first."""
+        return float(np.mean(self.differences)) if self.differences else 0.0
+
+
+class Gate:
+    """Hold a copy of the version being served and compare the one in the making with it."""
+
+    def __init__(self, settings: Settings, learner: Learner) -> None:
+        self._settings, self._learner = settings, learner
+        self._served = Replica(settings, learner.device)
+        self._served.network.eval()
+        self._prequential = Prequential(settings, self._served.network, self._served.table)
+        self.accept(None)
+
+    def accept(self, rows: Tensor | None) -> None:
+        """Take the learner's weights as the version being served; `rows` have changed, None means all."""
+        own, served = self._learner.replica, self._served
+        if rows is None:
+            served.table.clear()
+            rows = torch.arange(own.table.rows, device=own.device)
+        self._allocate()
+        served.table.write(rows, {name: own.table.columns[name][rows] for name in SERVED_COLUMNS}, ())
+        served.table.clock = own.table.clock
+        served.network.load_state_dict(own.network.state_dict())
+        self.ranking, self.classes = Comparison(), Comparison()
+        self._batches = 0
+
+    def _allocate(self) -> None:
+        """Give the served copy the rows that the learner has, so that both read the same examples."""
+        known, ids = self._served.table.rows, self._learner.table.item_ids
+        self._served.table.allocate(ids[known:])
+
+    def observe(self, examples: Examples, report: StepReport) -> None:
+        """Compare on a batch that neither version has learned; `report` is what the learner's own test found."""
+        self._batches += 1
+        if self._batches == 1:
+            # Both are the same still.
+            return
+        self._allocate()
+        picked = np.linspace(0, len(examples) - 1, min(len(examples), self._settings.gate_events)).astype(np.int64)
+        served, _ = self._test(self._prequential, examples.take(picked), self._served)
+        self.ranking.add(report.item_loss_B[picked], served.item_loss_B)
+        self.classes.add(report.class_loss_B[picked], served.class_loss_B)
+
+    @torch.no_grad()
+    def _test(self, prequential: Prequential, examples: Examples, replica: Replica) -> tuple[StepReport, Tensor]:
+        return prequential.test(examples, None, replica.table.log_trend())
+
+    def objection(self) -> str | None:
+        """Return why the version must not be published, or None."""
+        settings = self._settings
+        if problem := self._unusual():
+            return problem
+        questions = [("ranks new feedback", self.ranking), ("classifies new feedback", self.classes)]
+        past = self._past()
+        if past is not None:
+            questions.append(("ranks feedback of the past", past))
+        for what, comparison in questions:
+            worse = comparison.at_least(settings.gate_confidence)
+            if worse > settings.gate_margin:
+                return f"{what} worse than the version served: by {comparison.mean:.3f} nats, surely by {worse:.3f}"
+        return None
+
+    def _past(self) -> Comparison | None:
+        window: ReplayWindow = self._learner.window
+        settings = self._settings
+        if len(window) < WINDOW_VERSIONS * settings.batch_size * settings.batches_per_version:
+            return None
+        random = np.random.Generator(np.random.Philox(key=settings.seed, counter=[0, self._learner.steps, 2, 0]))
+        examples = window.draw(settings.gate_events * settings.batches_per_version, random)
+        own = Prequential(settings, self._learner.network, self._learner.table)
+        candidate, _ = self._test(own, examples, self._learner.replica)
+        served, _ = self._test(self._prequential, examples, self._served)
+        comparison = Comparison()
+        comparison.add(candidate.item_loss_B, served.item_loss_B)
+        return comparison
+
+    def _unusual(self) -> str | None:
+        """Say which part of the weights is not finite, or has grown beyond what one version may."""
+        served = self._served.network.state_dict()
+        for name, tensor in self._learner.network.state_dict().items():
+            norm, before = _norm(tensor), _norm(served[name])
+            if not math.isfinite(norm):
+                return f"{name} is not finite"
+            if norm > self._settings.gate_growth * before + 1.0:
+                return f"the norm of {name} grew from {before:.3g} to {norm:.3g}"
+        if not bool(torch.isfinite(self._learner.table.column("vector")).all()):
+            return "an item vector is not finite"
+        return None
+
+
+def _norm(tensor: Tensor) -> float:
+    # Synchronises with the GPU: a verdict is the host's.
+    return float(torch.linalg.vector_norm(tensor.to(torch.float64)))
+
+
+def describe(objections: Sequence[str]) -> str:
+    """Put the objections of consecutive holds into one sentence."""
+    return f"held {len(objections)} times, the last time because it {objections[-1]}"

@@ -1,0 +1,107 @@
+"""Rebuild: make a version again from an earlier snapshot and the feedback log, and compare it bit for bit."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import redis
+import torch
+from prometheus_client import CollectorRegistry
+
+from recsys.errors import NotRetained
+from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key
+from recsys.settings import Settings
+from recsys.store.v1.weights_pb2 import VersionRecord
+from recsys.weights import WeightPayload, WeightStore, encode
+from recsys.weights.earlier import ROLLBACK, describe_retained, put_together
+from recsys.weights.record import checksum
+from trainer.log_learner import LogLearner
+from trainer.metrics import TrainerMetrics
+
+READ_COUNT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """Say from where a version was rebuilt and which versions on the way, if any, came out otherwise."""
+
+    version: int
+    from_version: int
+    versions: int
+    feedback: int
+    different: tuple[int, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Return whether every version came out bit for bit as it stands in the store."""
+        return not self.different
+
+
+class Rebuild:
+    """Learn the log again from a retained snapshot, without writing anything."""
+
+    def __init__(self, client: redis.Redis, settings: Settings, device: torch.device) -> None:
+        self._settings, self._device = settings, device
+        self._store, self._log = WeightStore(client, settings), FeedbackLog(client, settings)
+
+    def run(self, version: int, progress: Callable[[int, int], None] = lambda done, of: None) -> Rebuilt:
+        """Rebuild `version`; `progress` is called with versions done and to do.
+
+        Raises:
+            NotRetained: when no snapshot before the version is kept, or the log behind it was trimmed.
+        """
+        snapshot = self._store.load_snapshot(trainer=True, at_most=version - 1)
+        if snapshot is None or snapshot.trainer_payload is None:
+            raise NotRetained(f"no snapshot before version {version} is kept; {describe_retained(self._store)}")
+        start = snapshot.record
+        self._check_log(start)
+        records = {r.version: r for r in self._store.versions(version - start.version, version + 1)}
+        if version not in records:
+            raise NotRetained(f"version {version} is not retained; {describe_retained(self._store)}")
+        self._begin(start, snapshot.payload, snapshot.trainer_payload)
+        different, feedback = [], 0
+        for number in range(start.version + 1, version + 1):
+            expected = records[number]
+            if expected.kind == ROLLBACK:
+                _, served, own = put_together(self._store, expected.restored_version)
+                self._begin(expected, served, own)
+            else:
+                if not self._learn(expected):
+                    different.append(number)
+                feedback += expected.feedback_added
+            progress(number - start.version, version - start.version)
+        return Rebuilt(version, start.version, version - start.version, feedback, tuple(different))
+
+    def _check_log(self, start: VersionRecord) -> None:
+        first = self._log.usage().first_position
+        if position_key(first) > position_key(start.window_position) and start.window_position != BEGINNING:
+            raise NotRetained(f"the log begins at {first}, but version {start.version} replays from before that")
+
+    def _begin(self, head: VersionRecord, served: WeightPayload, own: WeightPayload) -> None:
+        """Go on from a version whose parts are given."""
+        self._learning = LogLearner(self._settings, TrainerMetrics(CollectorRegistry()), self._device)
+        self._learning.learner.restore(served, own)
+        self._learning.fill_window(self._log, head)
+        self._learning.learner.take_changed()
+        self._learning.begin(head)
+        self._items = len(self._learning.learner.table)
+        self._entries: deque[LogEntry] = deque()
+
+    def _learn(self, expected: VersionRecord) -> bool:
+        """Learn the version after the one at hand; return whether it came out as expected."""
+        learning = self._learning
+        complete = False
+        while not complete:
+            if not self._entries:
+                last = learning.read_position
+                self._entries.extend(self._log.read_after(last, READ_COUNT))
+            if not self._entries:
+                raise NotRetained(f"the log ends at {learning.read_position}, before version {expected.version} does")
+            complete = learning.take(self._entries.popleft())
+        served, own = learning.learner.write(learning.learner.take_changed(), self._items + 1)
+        self._items = len(learning.learner.table)
+        made = (checksum(encode(served)), checksum(encode(own)), learning.lineage(0).position)
+        learning.begin(expected)
+        return made == (expected.checksum, expected.trainer_checksum, expected.position)
