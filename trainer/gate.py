@@ -103,13 +103,17 @@ class Gate:
         settings = self._settings
         if problem := self._unusual():
             return problem
-        questions = [("ranks new feedback", self.ranking), ("classifies new feedback", self.classes)]
+        questions = [
+            ("ranks new feedback", self.ranking, settings.gate_margin),
+            ("classifies new feedback", self.classes, settings.gate_margin),
+        ]
         past = self._past()
         if past is not None:
-            questions.append(("ranks feedback of the past", past))
-        for what, comparison in questions:
+            # Some of the past is forgotten for the sake of the present; only a collapse is held.
+            questions.append(("ranks feedback of the past", past, settings.gate_past_margin))
+        for what, comparison, margin in questions:
             worse = comparison.at_least(settings.gate_confidence)
-            if worse > settings.gate_margin:
+            if worse > margin:
                 return f"{what} worse than the version served: by {comparison.mean:.3f} nats, surely by {worse:.3f}"
         return None
 
@@ -133,11 +137,11 @@ class Gate:
         for name, tensor in self._learner.network.state_dict().items():
             norm, before = _norm(tensor), _norm(served[name])
             if not math.isfinite(norm):
-                return f"{name} is not finite"
+                return f"holds {name} that is not finite"
             if norm > self._settings.gate_growth * before + 1.0:
-                return f"the norm of {name} grew from {before:.3g} to {norm:.3g}"
+                return f"holds {name} whose norm grew from {before:.3g} to {norm:.3g}"
         if not bool(torch.isfinite(self._learner.table.column("vector")).all()):
-            return "an item vector is not finite"
+            return "holds an item vector that is not finite"
         return None
 
 
@@ -147,5 +151,5 @@ def _norm(tensor: Tensor) -> float:
 
 
 def describe(objections: Sequence[str]) -> str:
-    """Put the objections of consecutive holds into one sentence."""
-    return f"held {len(objections)} times, the last time because it {objections[-1]}"
+    """Put the objections to one version into a sentence; "" for none."""
+    return f"held {len(objections)} times, the last time because it {objections[-1]}" if objections else ""

@@ -7,8 +7,10 @@ before a tick. No clock is read here, so that a version can be made again from t
 from __future__ import annotations
 
 from collections import deque
+from enum import Enum, auto
 
 import torch
+from torch import Tensor
 
 from recsys.encoding import row_history
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
@@ -16,13 +18,27 @@ from recsys.settings import Settings
 from recsys.store.v1.log_pb2 import FeedbackRecord
 from recsys.store.v1.weights_pb2 import Range
 from recsys.weights import Lineage, LogRange, VersionRecord
+from recsys.weights.earlier import ROLLBACK
 from trainer.examples import Event, batches, encode
+from trainer.gate import Gate, describe
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
 from trainer.quality import Quality
 
 # Feedback encoded at once while the replay window is filled.
 FILL_COUNT = 1000
+
+
+class Outcome(Enum):
+    """What taking an entry of the log led to."""
+
+    GOING_ON = auto()
+    # A version is complete and may be published.
+    COMPLETE = auto()
+    # A version is complete and worse than the one being served; learning goes on.
+    HELD = auto()
+    # It was held too often: the feedback since the last version is to be set aside.
+    SPOILED = auto()
 
 
 class LogLearner:
@@ -35,6 +51,7 @@ class LogLearner:
         self._settings, self._metrics = settings, metrics
         self.learner = Learner(settings, device)
         self.quality = Quality()
+        self._gate = Gate(settings, self.learner) if settings.gate else None
         # Positions of the feedback in the replay window.
         self._window: deque[str] = deque(maxlen=settings.replay_capacity)
         self.begin(VersionRecord(position=BEGINNING))
@@ -64,27 +81,32 @@ class LogLearner:
         known = entry.record is not None and entry.record.feedback_class in self._settings.class_index
         return known and not any(_within(entry.position, part) for part in head.set_aside)
 
-    def begin(self, head: VersionRecord) -> None:
-        """Begin the version after `head`, whose weights the learner holds."""
+    def begin(self, head: VersionRecord, changed: Tensor | None = None) -> None:
+        """Begin the version after `head`, whose weights the learner holds; `changed` rows since the one before."""
         self.head = head
+        if self._gate is not None:
+            self._gate.accept(changed)
+        # Why the version in the making was held so far.
+        self.objections: list[str] = []
         self.read_position = self._position = head.position
         # Feedback read and not yet learned.
         self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
-        self.batches = self._consumed = 0
+        self.batches = self.consumed = 0
         self.accepted_ms: list[int] = []
 
     @property
     def empty(self) -> bool:
-        """Return whether the version in the making holds nothing to learn yet."""
+        """Return whether nothing waits to be learned or published; what was held waits for more feedback."""
         return not self._pending and not self.batches
 
-    def take(self, entry: LogEntry) -> bool:
-        """Go past one entry of the log, learning the batch that it completes; True when it completes a version.
+    def take(self, entry: LogEntry) -> Outcome:
+        """Go past one entry of the log, learning the batch that it completes.
 
-        The caller then publishes what `lineage` describes and calls `begin` before the next entry.
+        After COMPLETE the caller publishes what `lineage` describes and calls `begin` before the next entry, after
+        SPOILED it goes back to `head`.
         """
         if entry.record is not None:
-            self._consumed += 1
+            self.consumed += 1
             if entry.record.feedback_class in self._settings.class_index:
                 self._pending.append((entry, entry.record))
             else:
@@ -96,14 +118,24 @@ class LogLearner:
         self.read_position = entry.position
         if not self._pending:
             self._position = entry.position
-        return self.batches == self._settings.batches_per_version or bool(entry.tick and self.batches)
+        if self.batches < self._settings.batches_per_version and not (entry.tick and self.batches):
+            return Outcome.GOING_ON
+        return self._verdict()
+
+    def _verdict(self) -> Outcome:
+        objection = self._gate.objection() if self._gate is not None else None
+        if objection is None:
+            return Outcome.COMPLETE
+        self.objections.append(objection)
+        self.batches = 0
+        return Outcome.SPOILED if len(self.objections) >= self._settings.gate_holds else Outcome.HELD
 
     def lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that is complete."""
         oldest = self._window[0] if self._window else BEGINNING
         return Lineage(
             position=self._position,
-            feedback_learned=self.head.feedback_learned + self._consumed,
+            feedback_learned=self.head.feedback_learned + self.consumed,
             feedback_added=len(self.accepted_ms),
             settings_digest=self._settings.learning_digest(),
             metrics=self.quality.summary(recent=True),
@@ -115,6 +147,26 @@ class LogLearner:
                 for part in self.head.set_aside
                 if position_key(part.until) > position_key(oldest)
             ],
+            reason=describe(self.objections),
+        )
+
+    def spoiled_lineage(self, committed_ms: int) -> Lineage:
+        """Describe the version that stands in place of what was spoiled: the content of `head`, behind the feedback."""
+        head = self.head
+        ranges = [LogRange(part.after, part.until) for part in head.set_aside]
+        return Lineage(
+            position=self.read_position,
+            feedback_learned=head.feedback_learned + self.consumed,
+            feedback_added=0,
+            settings_digest=self._settings.learning_digest(),
+            metrics=dict(head.metrics),
+            accepted_ms=(),
+            committed_ms=committed_ms,
+            window_position=head.window_position,
+            kind=ROLLBACK,
+            restored_version=head.version,
+            set_aside=[*ranges, LogRange(head.position, self.read_position)],
+            reason=describe(self.objections),
         )
 
     def _event(self, record: FeedbackRecord) -> Event | None:
@@ -129,7 +181,10 @@ class LogLearner:
 
     def _learn(self) -> None:
         events = [event for _, record in self._pending if (event := self._event(record)) is not None]
-        report = self.learner.step(encode(events, self._settings))
+        examples = encode(events, self._settings)
+        report = self.learner.step(examples)
+        if self._gate is not None:
+            self._gate.observe(examples, report)
         self._window.extend(entry.position for entry, _ in self._pending)
         self.accepted_ms.extend(entry.accepted_ms for entry, _ in self._pending)
         self._pending.clear()

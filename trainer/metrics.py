@@ -108,6 +108,16 @@ class TrainerMetrics:
             ["window"],
             registry=registry,
         )
+        self._held = Counter(
+            "recsys_versions_held_total",
+            "Versions not published because they were worse than the one being served.",
+            registry=registry,
+        )
+        self._set_aside = Counter(
+            "recsys_feedback_set_aside_total",
+            "Feedback put into quarantine because what was learned from it was held too often.",
+            registry=registry,
+        )
         self._export_zeros()
 
     def device(self, kind: str, name: str) -> None:
@@ -170,6 +180,14 @@ class TrainerMetrics:
         for value in seconds:
             # Two machines' clocks may differ by more than a fast stage takes.
             histogram.observe(max(value, 0.0))
+
+    def held(self, n: int) -> None:
+        """Count versions that were held because they were worse than the one being served."""
+        self._held.inc(n)
+
+    def set_aside(self, n: int) -> None:
+        """Count feedback that was set aside after too many holds."""
+        self._set_aside.inc(n)
 
     def store_errors(self, n: int) -> None:
         """Count commands to the store that failed."""

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from torch import Tensor
+
 from recsys.errors import CorruptWeights, FencedOff, StoreFull, StoreUnavailable
 from recsys.feedback_log import BEGINNING, FeedbackLog
 from recsys.settings import Settings
@@ -79,8 +81,8 @@ class Publisher:
         if self.head.settings_digest != self._settings.learning_digest():
             _log.warning("settings that learning depends on have changed since version %d", self.head.version)
 
-    def publish(self, learner: Learner, lineage: Lineage) -> VersionRecord:
-        """Commit all that changed since the last version (everything, if this is the first); snapshot when due.
+    def publish(self, learner: Learner, changed: Tensor, lineage: Lineage) -> VersionRecord:
+        """Commit the rows that changed since the last version (all, if this is the first); snapshot when due.
 
         While the store fails the commit is tried again until it stands.
 
@@ -89,8 +91,7 @@ class Publisher:
             StoreUnavailable, StoreFull: when told to stop while the store fails; the learner must be restored then.
         """
         started = self._clock()
-        rows = learner.take_changed()
-        served, own = learner.write(rows, self._items + 1) if self.head.version else learner.write_all()
+        served, own = learner.write(changed, self._items + 1) if self.head.version else learner.write_all()
         self.head = self._commit(encode(served), encode(own), lineage)
         self._items = len(learner.table)
         bytes_ = self.head.bytes + self.head.trainer_bytes

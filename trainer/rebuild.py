@@ -17,7 +17,7 @@ from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights import WeightPayload, WeightStore, encode
 from recsys.weights.earlier import ROLLBACK, describe_retained, put_together
 from recsys.weights.record import checksum
-from trainer.log_learner import LogLearner
+from trainer.log_learner import LogLearner, Outcome
 from trainer.metrics import TrainerMetrics
 
 READ_COUNT = 1000
@@ -92,16 +92,19 @@ class Rebuild:
     def _learn(self, expected: VersionRecord) -> bool:
         """Learn the version after the one at hand; return whether it came out as expected."""
         learning = self._learning
-        complete = False
-        while not complete:
+        outcome = Outcome.GOING_ON
+        while outcome is not Outcome.COMPLETE:
             if not self._entries:
                 last = learning.read_position
                 self._entries.extend(self._log.read_after(last, READ_COUNT))
             if not self._entries:
                 raise NotRetained(f"the log ends at {learning.read_position}, before version {expected.version} does")
-            complete = learning.take(self._entries.popleft())
-        served, own = learning.learner.write(learning.learner.take_changed(), self._items + 1)
+            outcome = learning.take(self._entries.popleft())
+            if outcome is Outcome.SPOILED:
+                return False
+        changed = learning.learner.take_changed()
+        served, own = learning.learner.write(changed, self._items + 1)
         self._items = len(learning.learner.table)
         made = (checksum(encode(served)), checksum(encode(own)), learning.lineage(0).position)
-        learning.begin(expected)
+        learning.begin(expected, changed)
         return made == (expected.checksum, expected.trainer_checksum, expected.position)

@@ -253,6 +253,16 @@ ROWS: dict[str, list[Panel]] = {
             {"committed": "max(recsys_committed_version)", "served": "min(recsys_served_version)"},
         ),
         Panel(
+            "Held by the gate",
+            "Versions that were worse than the one being served, and feedback set aside because of it. More "
+            "than now and then: `recsys quarantine list` says what it was.",
+            "none",
+            {
+                "versions held": "sum(increase(recsys_versions_held_total[$__rate_interval]))",
+                "feedback set aside": "sum(increase(recsys_feedback_set_aside_total[$__rate_interval]))",
+            },
+        ),
+        Panel(
             "Loss while learning",
             "In nats, of the last version. Rising for long while accuracy falls: lower the learning rates.",
             "none",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from recsys import __version__
+from recsys.cli.admin_commands import pause, rebuild, resume, rollback, verify
 from recsys.cli.client_commands import feedback, recommend, status, versions
 from recsys.cli.config_command import config
 from recsys.cli.demo import demo
@@ -57,13 +58,17 @@ _PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "feedback": feedback,
         "import": import_,
         "status": status,
-        "versions": versions,
+        "rollback": rollback,
+        "pause": pause,
+        "resume": resume,
     },
+    "Look into the store": {"verify": takes_settings(verify), "rebuild": takes_settings(rebuild)},
     "Measure": {"evaluate": takes_settings(evaluate)},
 }
 for _panel, _commands in _PANELS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
+app.add_typer(versions, name="versions", rich_help_panel="Ask and tell a server")
 app.command("store", hidden=True)(takes_settings(store))
 
 

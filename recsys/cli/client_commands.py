@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from recsys.client import Client
+    from recsys.v1.model_pb2 import Version
 
 # Much longer than any answer should take: a person rather waits than asks again.
 TIMEOUT_SECONDS = 10.0
@@ -107,6 +108,10 @@ def status(ctx: typer.Context, server: Server = None, json: AsJson = False) -> N
         "log_records": found.log_records,
         "log_bytes": found.log_bytes,
         "log_max_bytes": found.log_max_bytes,
+        "learning_paused": found.learning_paused,
+        "retained_versions_from": found.retained_versions_from,
+        "retained_bytes": found.retained_bytes,
+        "snapshots": found.snapshots,
         "store_reachable": found.store_reachable,
         "software_version": found.software_version,
         "feedback_classes": list(found.feedback_classes),
@@ -118,40 +123,78 @@ def status(ctx: typer.Context, server: Server = None, json: AsJson = False) -> N
     raise typer.Exit(0 if serving else 1)
 
 
-def versions(
+versions = typer.Typer(invoke_without_command=True)
+
+
+@versions.callback()
+def list_versions(
     ctx: typer.Context,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="how many")] = 20,
     server: Server = None,
     json: AsJson = False,
 ) -> None:
-    """List the retained versions of the weights, newest first."""
+    """List the retained versions of the weights, newest first; `recsys versions show V` tells all of one."""
+    if ctx.invoked_subcommand is not None:
+        return
     with connected(ctx, server) as client:
         found = [version for _, version in zip(range(count), client.versions(timeout=TIMEOUT_SECONDS), strict=False)]
-    rows: list[dict[str, Any]] = [
-        {
-            "version": v.version,
-            "committed_time": _time(v.committed_time),
-            "feedback_learned": v.feedback_learned,
-            "feedback_added": v.feedback_added,
-            "bytes": v.bytes,
-            "epoch": v.epoch,
-            "position": v.position,
-            "chain": v.chain,
-            "snapshot": v.snapshot,
-            "metrics": dict(v.metrics),
-        }
-        for v in found
-    ]
+    rows = [version_facts(version) for version in found]
     if json:
         print_json({"versions": rows})
         return
-    columns = [name for name in (rows[0] if rows else ()) if name not in ("position", "metrics")]
-    table = Table(*columns, "HR@10", box=None, pad_edge=False)
+    columns = ("version", "committed_time", "feedback_learned", "feedback_added", "bytes", "epoch")
+    table = Table(*columns, "chain", "HR@10", "snapshot", "kind", "reason", box=None, pad_edge=False)
     for row in rows:
-        row["chain"] = row["chain"][:12]
         accuracy = row["metrics"].get("hr_at_10")
-        table.add_row(*(plain(row[name]) for name in columns), "" if accuracy is None else f"{accuracy:.4f}")
+        kind = f"{row['kind']} to {row['restored_version']}" if row["restored_version"] else row["kind"]
+        texts = (
+            *(row["chain"][:12], "" if accuracy is None else f"{accuracy:.4f}"),
+            *("yes" if row["snapshot"] else "", kind, row["reason"]),
+        )
+        table.add_row(*(plain(row[name]) for name in columns), *map(plain, texts))
     console().print(table)
+
+
+@versions.command("show")
+def show_version(
+    ctx: typer.Context,
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=1)],
+    server: Server = None,
+    json: AsJson = False,
+) -> None:
+    """Tell all of one retained version."""
+    given = ctx.parent.params if ctx.parent else {}
+    with connected(ctx, server or given.get("server")) as client:
+        row = version_facts(client.version(version, timeout=TIMEOUT_SECONDS))
+    if json or given.get("json"):
+        print_json(row)
+        return
+    metrics: dict[str, float] = row.pop("metrics")
+    row["set_aside"] = ", ".join(f"({part['after']}, {part['until']}]" for part in row["set_aside"])
+    console().print(facts(row | {name: f"{value:.4f}" for name, value in sorted(metrics.items())}))
+
+
+def version_facts(version: Version) -> dict[str, Any]:
+    """Return all of a version, as programs read it."""
+    return {
+        "version": version.version,
+        "parent": version.parent,
+        "kind": version.kind,
+        "restored_version": version.restored_version,
+        "reason": version.reason,
+        "committed_time": _time(version.committed_time),
+        "feedback_learned": version.feedback_learned,
+        "feedback_added": version.feedback_added,
+        "position": version.position,
+        "set_aside": [{"after": part.after, "until": part.until} for part in version.set_aside],
+        "bytes": version.bytes,
+        "trainer_bytes": version.trainer_bytes,
+        "epoch": version.epoch,
+        "chain": version.chain,
+        "settings_digest": version.settings_digest,
+        "snapshot": version.snapshot,
+        "metrics": dict(version.metrics),
+    }
 
 
 @contextmanager

@@ -94,6 +94,27 @@ class AsyncClient:
             if not token:
                 return
 
+    async def version(self, number: int, *, timeout: float | None = None) -> model_pb2.Version:
+        """Return one retained version."""
+        return await self._do(calls.version(number), timeout)
+
+    async def rollback(
+        self, version: int, reason: str = "", *, timeout: float = calls.ROLLBACK_SECONDS
+    ) -> model_pb2.Version:
+        """Put the content of an earlier version in force again; return the new version that has it.
+
+        The feedback learned since is set aside. Done again while that is the last version, it changes nothing.
+        """
+        return await self._do(calls.rollback(version, reason), timeout)
+
+    async def pause_learning(self, *, timeout: float | None = None) -> None:
+        """Tell trainers to stop learning; feedback is accepted as before and waits."""
+        await self._do(calls.pause_learning(), timeout)
+
+    async def resume_learning(self, *, timeout: float | None = None) -> None:
+        """Tell trainers to go on learning."""
+        await self._do(calls.resume_learning(), timeout)
+
     async def close(self) -> None:
         """Close the connection; calls in flight fail."""
         await self._channel.close(None)

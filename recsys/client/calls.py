@@ -17,6 +17,8 @@ Result = TypeVar("Result")
 MAX_FEEDBACK_BATCH = 1000
 MAX_REQUEST_BYTES = 3 << 20
 PAGE_SIZE = 100
+# A rollback moves all of the weights.
+ROLLBACK_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,28 @@ def versions(page_token: str) -> Call[model_pb2.ListVersionsResponse]:
     """Ask for one page of versions."""
     request = model_pb2.ListVersionsRequest(page_size=PAGE_SIZE, page_token=page_token)
     return Call("/recsys.v1.ModelService/ListVersions", request, lambda response: response)
+
+
+def version(number: int) -> Call[model_pb2.Version]:
+    """Ask for one version."""
+    request = model_pb2.GetVersionRequest(version=number)
+    return Call("/recsys.v1.ModelService/GetVersion", request, lambda response: response)
+
+
+def rollback(number: int, reason: str) -> Call[model_pb2.Version]:
+    """Put an earlier version in force again."""
+    request = model_pb2.RollbackRequest(version=number, reason=reason)
+    return Call("/recsys.v1.ModelService/Rollback", request, lambda response: response)
+
+
+def pause_learning() -> Call[None]:
+    """Stop learning."""
+    return Call("/recsys.v1.ModelService/PauseLearning", model_pb2.PauseLearningRequest(), lambda response: None)
+
+
+def resume_learning() -> Call[None]:
+    """Go on learning."""
+    return Call("/recsys.v1.ModelService/ResumeLearning", model_pb2.ResumeLearningRequest(), lambda response: None)
 
 
 def _log_feedback(batch: Sequence[recommender_pb2.Feedback]) -> Call[list[FeedbackResult]]:

@@ -106,6 +106,25 @@ class Client:
             if not token:
                 return
 
+    def version(self, number: int, *, timeout: float | None = None) -> model_pb2.Version:
+        """Return one retained version."""
+        return self._do(calls.version(number), timeout)
+
+    def rollback(self, version: int, reason: str = "", *, timeout: float = calls.ROLLBACK_SECONDS) -> model_pb2.Version:
+        """Put the content of an earlier version in force again; return the new version that has it.
+
+        The feedback learned since is set aside. Done again while that is the last version, it changes nothing.
+        """
+        return self._do(calls.rollback(version, reason), timeout)
+
+    def pause_learning(self, *, timeout: float | None = None) -> None:
+        """Tell trainers to stop learning; feedback is accepted as before and waits."""
+        self._do(calls.pause_learning(), timeout)
+
+    def resume_learning(self, *, timeout: float | None = None) -> None:
+        """Tell trainers to go on learning."""
+        self._do(calls.resume_learning(), timeout)
+
     def close(self) -> None:
         """Close the connection; calls in flight fail."""
         self._channel.close()

@@ -5,6 +5,7 @@ Another file is sorted once, ties in file order, in compact arrays: about 35 byt
 
 from __future__ import annotations
 
+import csv
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -72,7 +73,7 @@ def open_feedback_file(path: Path, columns: Columns | None = None) -> FeedbackFi
         if not source.rows:
             raise InputFileError(f"{path} holds no feedback: it has no rows")
         return FeedbackFile(path, source, recognise(path, source, columns))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
         raise _damaged(path, error) from None
 
 
@@ -131,7 +132,7 @@ class FeedbackFile:
                 same = chunk.digests[chunk.times_ms == chunk.times_ms[-1]]
                 latest = np.concatenate([latest, same]) if chunk.times_ms[0] == chunk.times_ms[-1] else same
                 yield chunk.take(fresh)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
             raise _damaged(self._path, error) from None
 
     def titles(self) -> list[Item]:

@@ -51,6 +51,8 @@ TABLE: dict[type[errors.RecsysError], WireError] = {
     errors.DeadlinePassed: WireError(code_pb2.DEADLINE_EXCEEDED),
     errors.CorruptWeights: _INTERNAL,
     errors.FencedOff: _INTERNAL,
+    errors.OtherVersionCameFirst: WireError(code_pb2.ABORTED),
+    errors.NotRetained: WireError(code_pb2.NOT_FOUND),
     errors.AddressInUse: _INTERNAL,
     errors.DataDirectoryInUse: _INTERNAL,
 }

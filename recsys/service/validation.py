@@ -12,6 +12,7 @@ from recsys.v1 import catalog_pb2, model_pb2, recommender_pb2
 
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
+MAX_REASON_BYTES = 1000
 # The details travel in a header of bounded size: the first faults are enough to find the rest.
 MAX_VIOLATIONS = 20
 
@@ -103,6 +104,26 @@ def page(request: model_pb2.ListVersionsRequest) -> tuple[int, int | None]:
     return request.page_size or DEFAULT_PAGE_SIZE, int(token) if token else None
 
 
+def rollback(request: model_pb2.RollbackRequest) -> None:
+    """Check a RollbackRequest.
+
+    Raises:
+        InvalidInput: when there can be no such version, or the reason is too long.
+    """
+    length = len(request.reason.encode())
+    _refuse([_version(request.version), _at_most("reason", length, MAX_REASON_BYTES, " bytes long")])
+
+
+def version(request: model_pb2.GetVersionRequest) -> int:
+    """Return the version that is asked for.
+
+    Raises:
+        InvalidInput: when there can be no such version.
+    """
+    _refuse([_version(request.version)])
+    return request.version
+
+
 def category_filter(request: recommender_pb2.RecommendRequest) -> CategoryFilter | None:
     """Return the request's filter, None when it lets everything pass."""
     given = request.filter
@@ -127,8 +148,12 @@ def _refuse(faults: Iterable[Violation | None]) -> None:
         raise InvalidInput(found[:MAX_VIOLATIONS])
 
 
-def _at_most(field: str, value: int, limit: int) -> Violation | None:
-    return Violation(field, f"is {value}; at most {limit} is allowed") if value > limit else None
+def _version(version: int) -> Violation | None:
+    return Violation("version", f"is {version}; versions count from 1") if version < 1 else None
+
+
+def _at_most(field: str, value: int, limit: int, unit: str = "") -> Violation | None:
+    return Violation(field, f"is {value}{unit}; at most {limit} is allowed") if value > limit else None
 
 
 def _length(field: str, values: Sequence[object], limit: int, *, empty: bool = False) -> Violation | None:

@@ -14,7 +14,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes")
+    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes", "learning_paused", "retained_versions_from", "retained_bytes", "snapshots")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TIME_FIELD_NUMBER: _ClassVar[int]
     APPLIED_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,10 @@ class GetStatusResponse(_message.Message):
     STORE_REACHABLE_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FEEDBACK_CLASSES_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_VERSIONS_FROM_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     version: int
     committed_time: _timestamp_pb2.Timestamp
     applied_time: _timestamp_pb2.Timestamp
@@ -39,7 +43,11 @@ class GetStatusResponse(_message.Message):
     store_reachable: bool
     software_version: str
     feedback_classes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ...) -> None: ...
+    learning_paused: bool
+    retained_versions_from: int
+    retained_bytes: int
+    snapshots: int
+    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ..., learning_paused: _Optional[bool] = ..., retained_versions_from: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ...) -> None: ...
 
 class ListVersionsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
@@ -50,7 +58,7 @@ class ListVersionsRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("version", "committed_time", "feedback_learned", "feedback_added", "bytes", "epoch", "position", "chain", "metrics", "snapshot")
+    __slots__ = ("version", "committed_time", "feedback_learned", "feedback_added", "bytes", "epoch", "position", "chain", "metrics", "snapshot", "kind", "restored_version", "reason", "parent", "trainer_bytes", "settings_digest", "set_aside")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +76,13 @@ class Version(_message.Message):
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SET_ASIDE_FIELD_NUMBER: _ClassVar[int]
     version: int
     committed_time: _timestamp_pb2.Timestamp
     feedback_learned: int
@@ -78,7 +93,52 @@ class Version(_message.Message):
     chain: str
     metrics: _containers.ScalarMap[str, float]
     snapshot: bool
-    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., bytes: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., chain: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., snapshot: _Optional[bool] = ...) -> None: ...
+    kind: str
+    restored_version: int
+    reason: str
+    parent: int
+    trainer_bytes: int
+    settings_digest: str
+    set_aside: _containers.RepeatedCompositeFieldContainer[LogRange]
+    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., bytes: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., chain: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., snapshot: _Optional[bool] = ..., kind: _Optional[str] = ..., restored_version: _Optional[int] = ..., reason: _Optional[str] = ..., parent: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., settings_digest: _Optional[str] = ..., set_aside: _Optional[_Iterable[_Union[LogRange, _Mapping]]] = ...) -> None: ...
+
+class LogRange(_message.Message):
+    __slots__ = ("after", "until")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    after: str
+    until: str
+    def __init__(self, after: _Optional[str] = ..., until: _Optional[str] = ...) -> None: ...
+
+class GetVersionRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("version", "reason")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    reason: str
+    def __init__(self, version: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class PauseLearningRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PauseLearningResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeLearningRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeLearningResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ListVersionsResponse(_message.Message):
     __slots__ = ("versions", "next_page_token")

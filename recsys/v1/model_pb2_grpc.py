@@ -44,6 +44,26 @@ class ModelServiceStub:
                 request_serializer=recsys_dot_v1_dot_model__pb2.ListVersionsRequest.SerializeToString,
                 response_deserializer=recsys_dot_v1_dot_model__pb2.ListVersionsResponse.FromString,
                 _registered_method=True)
+        self.GetVersion = channel.unary_unary(
+                '/recsys.v1.ModelService/GetVersion',
+                request_serializer=recsys_dot_v1_dot_model__pb2.GetVersionRequest.SerializeToString,
+                response_deserializer=recsys_dot_v1_dot_model__pb2.Version.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/recsys.v1.ModelService/Rollback',
+                request_serializer=recsys_dot_v1_dot_model__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=recsys_dot_v1_dot_model__pb2.Version.FromString,
+                _registered_method=True)
+        self.PauseLearning = channel.unary_unary(
+                '/recsys.v1.ModelService/PauseLearning',
+                request_serializer=recsys_dot_v1_dot_model__pb2.PauseLearningRequest.SerializeToString,
+                response_deserializer=recsys_dot_v1_dot_model__pb2.PauseLearningResponse.FromString,
+                _registered_method=True)
+        self.ResumeLearning = channel.unary_unary(
+                '/recsys.v1.ModelService/ResumeLearning',
+                request_serializer=recsys_dot_v1_dot_model__pb2.ResumeLearningRequest.SerializeToString,
+                response_deserializer=recsys_dot_v1_dot_model__pb2.ResumeLearningResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -63,6 +83,37 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetVersion(self, request, context):
+        """One retained version; NOT_FOUND when it is not kept (any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Puts the content of an earlier version in force again, as a new version, which is returned. The feedback learned
+        since is set aside: it stays in the log, and learning goes on behind it. While the last version is a rollback to
+        that version already, nothing is done and it is returned. NOT_FOUND when the version is not kept (any more) or is
+        the last one; ABORTED when trainers kept committing in between: try again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseLearning(self, request, context):
+        """Tells trainers to stop learning after what they have read. Feedback is accepted as before and waits in the log.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeLearning(self, request, context):
+        """Tells trainers to go on learning, with all that waits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +126,26 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.ListVersions,
                     request_deserializer=recsys_dot_v1_dot_model__pb2.ListVersionsRequest.FromString,
                     response_serializer=recsys_dot_v1_dot_model__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'GetVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVersion,
+                    request_deserializer=recsys_dot_v1_dot_model__pb2.GetVersionRequest.FromString,
+                    response_serializer=recsys_dot_v1_dot_model__pb2.Version.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=recsys_dot_v1_dot_model__pb2.RollbackRequest.FromString,
+                    response_serializer=recsys_dot_v1_dot_model__pb2.Version.SerializeToString,
+            ),
+            'PauseLearning': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseLearning,
+                    request_deserializer=recsys_dot_v1_dot_model__pb2.PauseLearningRequest.FromString,
+                    response_serializer=recsys_dot_v1_dot_model__pb2.PauseLearningResponse.SerializeToString,
+            ),
+            'ResumeLearning': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeLearning,
+                    request_deserializer=recsys_dot_v1_dot_model__pb2.ResumeLearningRequest.FromString,
+                    response_serializer=recsys_dot_v1_dot_model__pb2.ResumeLearningResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +202,114 @@ class ModelService:
             '/recsys.v1.ModelService/ListVersions',
             recsys_dot_v1_dot_model__pb2.ListVersionsRequest.SerializeToString,
             recsys_dot_v1_dot_model__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recsys.v1.ModelService/GetVersion',
+            recsys_dot_v1_dot_model__pb2.GetVersionRequest.SerializeToString,
+            recsys_dot_v1_dot_model__pb2.Version.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recsys.v1.ModelService/Rollback',
+            recsys_dot_v1_dot_model__pb2.RollbackRequest.SerializeToString,
+            recsys_dot_v1_dot_model__pb2.Version.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseLearning(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recsys.v1.ModelService/PauseLearning',
+            recsys_dot_v1_dot_model__pb2.PauseLearningRequest.SerializeToString,
+            recsys_dot_v1_dot_model__pb2.PauseLearningResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeLearning(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recsys.v1.ModelService/ResumeLearning',
+            recsys_dot_v1_dot_model__pb2.ResumeLearningRequest.SerializeToString,
+            recsys_dot_v1_dot_model__pb2.ResumeLearningResponse.FromString,
             options,
             channel_credentials,
             insecure,

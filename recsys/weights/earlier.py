@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.errors import NotRetained
+from recsys.errors import FencedOff, NotRetained, OtherVersionCameFirst
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import WeightPayload, encode
 from recsys.weights.record import Lineage, LogRange
@@ -16,6 +16,11 @@ from recsys.weights.store import WeightStore
 
 # The kind of a version that a rollback made.
 ROLLBACK = "rollback"
+# Times that a rollback is tried while trainers commit in between. They are told to hold still, so what still comes is
+# what they have read already, or a trainer that starts.
+ATTEMPTS = 10
+# Longest that a rollback keeps trainers from learning, should it not live to let them go.
+HOLD_SECONDS = 30
 
 
 class _Whole:
@@ -32,7 +37,7 @@ class _Whole:
         self._dense = payload.dense
         if payload.whole:
             self._items = list(payload.new_items)
-            self._columns = {name: np.array(column) for name, column in payload.columns.items()}
+            self._columns = dict(payload.columns)
         else:
             self._items.extend(payload.new_items)
             for name, values in payload.columns.items():
@@ -41,6 +46,8 @@ class _Whole:
                     grown = np.zeros((rows, *column.shape[1:]), column.dtype)
                     grown[: len(column)] = column
                     self._columns[name] = column = grown
+                elif not column.flags.writeable:  # a view of a payload's bytes
+                    self._columns[name] = column = column.copy()
                 column[payload.rows] = values
         self._rows = rows
 
@@ -94,21 +101,38 @@ def roll_back(store: WeightStore, version: int, reason: str, now_ms: int) -> Ver
     """Put the content of an earlier version in force again, as a new version; versions never go back.
 
     The feedback learned since is set aside: learning goes on behind it. A trainer at work notices and goes on from the
-    new version.
+    new version. A last version that restored `version` already is returned as it stands, so a call may be repeated.
 
     Raises:
         NotRetained: when the version is not kept (any more), or is not an earlier one.
-        OtherVersionCameFirst: when a trainer committed in between; trying again helps.
+        OtherVersionCameFirst: when trainers committed in between ATTEMPTS times.
     """
-    record, served, own = put_together(store, version)
-    head = store.head()
-    assert head is not None
-    if record.version >= head.version:
-        raise NotRetained(f"version {version} is in force; {describe_retained(store)}")
+    store.hold(HOLD_SECONDS)
+    try:
+        record, served, own = put_together(store, version)
+        payloads = encode(served), encode(own)
+        for _ in range(ATTEMPTS):
+            head, epoch = store.head(), store.epoch()
+            assert head is not None
+            if head.kind == ROLLBACK and head.restored_version == version:
+                return head
+            if record.version >= head.version:
+                raise NotRetained(f"version {version} is in force; {describe_retained(store)}")
+            try:
+                return store.commit(epoch, head.version, *payloads, _restoring(record, head, reason, now_ms))
+            except FencedOff:
+                continue
+    finally:
+        store.hold(0)
+    raise OtherVersionCameFirst(f"trainers committed other versions in between, {ATTEMPTS} times; try again")
+
+
+def _restoring(record: VersionRecord, head: VersionRecord, reason: str, now_ms: int) -> Lineage:
+    """Describe the version after `head` that has the content of `record`."""
     set_aside = [LogRange(part.after, part.until) for part in record.set_aside]
     if head.position != record.position:
         set_aside.append(LogRange(record.position, head.position))
-    lineage = Lineage(
+    return Lineage(
         position=head.position,
         feedback_learned=head.feedback_learned,
         feedback_added=0,
@@ -118,8 +142,7 @@ def roll_back(store: WeightStore, version: int, reason: str, now_ms: int) -> Ver
         committed_ms=now_ms,
         window_position=record.window_position,
         kind=ROLLBACK,
-        restored_version=version,
+        restored_version=record.version,
         set_aside=set_aside,
         reason=reason,
     )
-    return store.commit(store.epoch(), head.version, encode(served), encode(own), lineage)

@@ -20,6 +20,7 @@ from recsys.store.v1.weights_pb2 import SnapshotRecord, VersionRecord
 from recsys.weights.chunks import CHUNK_BYTES, STAGED_SECONDS, Chunks
 from recsys.weights.payload import WeightPayload, decode
 from recsys.weights.record import Lineage, Record, extend_chain, pack, same_commit, unpack
+from recsys.weights.verification import Verification, chain_problems
 
 # Records per command when all of them are gone through.
 RECORDS_PER_PAGE = 64
@@ -61,7 +62,7 @@ class WeightStore:
         prefix = f"{settings.key_prefix}:{{weights}}"
         self._epoch_key, self._head_key = f"{prefix}:epoch", f"{prefix}:head"
         self._deltas_key, self._snapshots_key = f"{prefix}:deltas", f"{prefix}:snapshots"
-        self._paused_key = f"{prefix}:paused"
+        self._paused_key, self._held_key = f"{prefix}:paused", f"{prefix}:held"
         self._chunks = Chunks(client, prefix, chunk_bytes)
         self._commit_script = _script(client, "commit.lua")
         self._snapshot_script = _script(client, "snapshot.lua")
@@ -211,9 +212,17 @@ class WeightStore:
                 self._client.delete(self._paused_key)
 
     def paused(self) -> bool:
-        """Return whether learning is paused."""
+        """Return whether learning is paused, or held for a moment."""
         with store_errors():
-            return bool(self._client.exists(self._paused_key))
+            return bool(self._client.exists(self._paused_key, self._held_key))
+
+    def hold(self, seconds: int) -> None:
+        """Keep trainers from learning for so long at the most, whether or not they are paused; 0 lets them go on."""
+        with store_errors():
+            if seconds:
+                self._client.set(self._held_key, b"1", ex=seconds)
+            else:
+                self._client.delete(self._held_key)
 
     def versions(self, count: int, before: int | None = None) -> list[VersionRecord]:
         """List the records of retained versions, newest first, those below `before` if given."""
@@ -236,6 +245,34 @@ class WeightStore:
         with store_errors():
             records: list[Record] = [*self._snapshots(), *self._all_versions()]
         return sum(record.bytes + record.trainer_bytes for record in records)
+
+    def verify(self, progress: Callable[[int, int], None] = lambda done, of: None) -> Verification:
+        """Read all that is retained, and compare chains and checksums; what is let go of meanwhile is passed over.
+
+        `progress` is called with what was read and all there is to read.
+        """
+        with store_errors():
+            head = self._stand()[0]
+            deltas = list(self._all_versions())[::-1]
+            # After the deltas: a snapshot written in between lets go of some, and no gap is seen where none is.
+            snapshots = self._snapshots()
+            problems = chain_problems(deltas, [snapshot.record for snapshot in snapshots], head)
+            records: list[Record] = [*deltas, *snapshots]
+            for done, record in enumerate(records, 1):
+                problems.extend(self._damage(record))
+                progress(done, len(records))
+        read = sum(record.bytes + record.trainer_bytes for record in records)
+        return Verification(len(deltas), len(snapshots), read, problems)
+
+    def _damage(self, record: Record) -> list[str]:
+        """Say what is wrong with a record's payloads, unless it is not retained any more."""
+        try:
+            self._payloads(record, trainer=True)
+        except CorruptWeights as error:
+            if isinstance(record, SnapshotRecord):
+                return [f"snapshot of {error}"] if record in self._snapshots() else []
+            return [str(error)] if record in self.versions(1, record.version + 1) else []
+        return []
 
     def _stand(self) -> tuple[VersionRecord | None, int]:
         """Return the last version and the current epoch, 0 before the first."""
