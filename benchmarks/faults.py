@@ -20,7 +20,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,23 +28,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import redis
 import torch
 from killable import MOMENTS, Point, Store, Template, learn_all
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from uninterrupted import copy_log, final, reference_of, same, torn
+from witnesses import Reader, Tail, Writer, make_feedback
 
-from recsys import Client, Feedback
-from recsys.catalog import Catalog, CatalogMirror
-from recsys.client import Recommendations
-from recsys.errors import RecsysError
-from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry
-from recsys.scorer import Query, Scorer
+from recsys.feedback_log import FeedbackLog, LogEntry
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
 from recsys.store.v1.log_pb2 import HistoryEntry
-from recsys.weights import VersionRecord, WeightStore, encode
-from recsys.weights.replica import Replica
+from recsys.weights import WeightStore
 
 # A cycle of reading, learning and publishing takes milliseconds with these.
 SMALL: dict[str, Any] = {
@@ -59,28 +53,16 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"snapshot_every_bytes": 1 << 18, "snapshots_retained": 3, "replay_capacity": 512, "batches_per_version": 2},
     {"snapshot_every_bytes": 1 << 26, "snapshots_retained": 2, "replay_capacity": 4096, "batches_per_version": 3},
 )
-NEVER_BYTES = 1 << 60
 KINDS = {"trainer": 0.6, "server": 0.25, "store": 0.15}
 KILLS_PER_ROUND = 50
 # Of all kills, those at numbered messages.
 SWEPT = 0.3
 SWEEP_FEEDBACK = 22
 # Between two kills: log-uniform, so that some strike a process that has just begun and some one at work.
-SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.8
+SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 1.2
 PUBLISH_SECONDS = 0.05
-USERS, ITEMS, CLASSES = 9, 40, ("impression", "click", "click", "like", "purchase")
-PER_CALL = 6
 WRITERS = 2
-WRITE_PAUSE_SECONDS, READ_PAUSE_SECONDS, RETRY_SECONDS = 0.05, 0.01, 0.02
-# How often a client sends again what was acknowledged, as one that lost the answer would.
-REPEATED = 0.1
-CALL_SECONDS = 2.0
 SETTLE_SECONDS = 120.0
-# A user without a history: the answer depends on the weights alone.
-NOBODY, ANSWER_ITEMS = "nobody", 20
-TAIL_COUNT = 1000
-
-Shown = tuple[tuple[str, float], ...]
 
 
 @dataclass
@@ -132,116 +114,6 @@ def free_port() -> int:
     """Find a port to serve on: clients must find a restarted server where the last one was."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
-
-
-def make_feedback(draw: random.Random, feedback_id: str) -> Feedback:
-    """Make up one feedback; some have a context."""
-    context = {"page": draw.choice("ab")} if draw.random() < 0.3 else {}
-    user_id, item_id = f"user-{draw.randrange(USERS)}", f"item-{draw.randrange(ITEMS)}"
-    return Feedback(user_id, item_id, draw.choice(CLASSES), feedback_id=feedback_id, context=context)
-
-
-class Tail(threading.Thread):
-    """Copy the log while it is written: what is learned is trimmed sooner or later."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(daemon=True)
-        self._settings = settings
-        self._over = threading.Event()
-        self.entries: list[tuple[LogEntry, dict[bytes, bytes]]] = []
-
-    def run(self) -> None:
-        """Read until `finish`, through kills of the store."""
-        position = BEGINNING
-        key = f"{self._settings.key_prefix}:{{log}}:records"
-        with connect(self._settings) as client:
-            log = FeedbackLog(client, self._settings)
-            while True:
-                last = self._over.is_set()
-                try:
-                    found = log.read_after(position, TAIL_COUNT, 0 if last else CALL_SECONDS / 4)
-                    raw: Any = client.xrange(key, found[0].position, found[-1].position) if found else []
-                except (RecsysError, redis.exceptions.RedisError):
-                    time.sleep(RETRY_SECONDS)
-                    continue
-                if len(raw) == len(found):
-                    self.entries += [(entry, fields) for entry, (_, fields) in zip(found, raw, strict=True)]
-                    position = found[-1].position if found else position
-                if last and not found:
-                    return
-
-    def finish(self) -> None:
-        """Read what is left and stop."""
-        self._over.set()
-        self.join()
-
-
-class Writer(threading.Thread):
-    """Log feedback over gRPC, the same again and again until it is acknowledged, and now and then once more."""
-
-    def __init__(self, settings: Settings, name: str, seed: int) -> None:
-        super().__init__(daemon=True)
-        self._settings, self._name, self._draw = settings, name, random.Random(f"{name}-{seed}")
-        self.over = threading.Event()
-        self.acknowledged: list[str] = []
-        self.resent = self.wrong_answers = 0
-
-    def run(self) -> None:
-        """Write until `over`; what was begun is acknowledged then."""
-        ids = count()
-        with Client(f"127.0.0.1:{self._settings.port}", timeout=CALL_SECONDS) as client:
-            while not self.over.wait(self._draw.uniform(0, 2 * WRITE_PAUSE_SECONDS)):
-                names = [f"{self._name}-{next(ids)}" for _ in range(self._draw.randint(1, PER_CALL))]
-                self._write(client, [make_feedback(self._draw, name) for name in names])
-                self.acknowledged += names
-
-    def _write(self, client: Client, batch: Sequence[Feedback]) -> None:
-        again, repeated = True, False
-        while again:
-            try:
-                results = client.log_feedback(batch)
-            except RecsysError:
-                self.resent += len(batch)
-                time.sleep(RETRY_SECONDS)
-                continue
-            # A batch counts as a whole or not at all; what was acknowledged is a duplicate from then on.
-            self.wrong_answers += len({each.duplicate for each in results}) != 1
-            self.wrong_answers += sum(not each.accepted or (repeated and not each.duplicate) for each in results)
-            again = repeated = not repeated and self._draw.random() < REPEATED
-
-
-class Reader(threading.Thread):
-    """Ask for the same recommendations over and over; `lives` counts the server's, from `killed`."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(daemon=True)
-        self._settings = settings
-        self.over = threading.Event()
-        self.lives = 0
-        self.seen: dict[int, Counter[Shown]] = {}
-        self.answers = self.backwards = self.behind = 0
-
-    def run(self) -> None:
-        """Ask until `over`."""
-        newest: Counter[int] = Counter()
-        with Client(f"127.0.0.1:{self._settings.port}", timeout=CALL_SECONDS) as client:
-            while not self.over.wait(READ_PAUSE_SECONDS):
-                life = self.lives
-                try:
-                    answer = client.recommend(NOBODY, ANSWER_ITEMS)
-                except RecsysError:
-                    continue
-                self.answers += 1
-                self.seen.setdefault(answer.version, Counter())[shown(answer)] += 1
-                if life == self.lives:
-                    self.behind += newest[life] == 0 and answer.version < max(newest.values(), default=0)
-                    self.backwards += answer.version < newest[life]
-                    newest[life] = max(newest[life], answer.version)
-
-
-def shown(answer: Recommendations) -> Shown:
-    """Return the items of an answer with their scores."""
-    return tuple((item.item_id, item.score) for item in answer.items)
 
 
 class Round:
@@ -333,21 +205,6 @@ class Round:
         self._found.bitwise_equal &= same(self._settings, reference)
 
 
-def reference_of(settings: Settings) -> Settings:
-    """Return the settings of an uninterrupted trainer that keeps every version."""
-    return settings.model_copy(
-        update={"key_prefix": f"{settings.key_prefix}-reference", "snapshot_every_bytes": NEVER_BYTES}
-    )
-
-
-def copy_log(entries: Sequence[tuple[str, dict[bytes, bytes]]], settings: Settings) -> None:
-    """Write a copy of a log, position by position."""
-    with connect(settings) as client, client.pipeline(transaction=False) as pipeline:
-        for position, fields in entries:
-            pipeline.xadd(f"{settings.key_prefix}:{{log}}:records", fields, id=position)  # type: ignore[arg-type]
-        pipeline.execute()
-
-
 def check_log(acknowledged: Sequence[str], entries: Sequence[LogEntry], settings: Settings, found: Found) -> None:
     """Count what is missing from the log or stands in it twice, and histories other than what users did before."""
     counted: Counter[str] = Counter()
@@ -361,64 +218,10 @@ def check_log(acknowledged: Sequence[str], entries: Sequence[LogEntry], settings
         history = histories.setdefault(record.user_id, [])
         found.wrong_histories += list(record.history) != history[-settings.history_length :]
         if record.feedback_class in remembered:
-            done = HistoryEntry(
-                item_id=record.item_id, feedback_class=record.feedback_class, time_ms=record.time_ms
-            )
+            done = HistoryEntry(item_id=record.item_id, feedback_class=record.feedback_class, time_ms=record.time_ms)
             history.append(done)
     found.lost += sum(not counted[name] for name in acknowledged)
     found.duplicated += sum(number - 1 for number in counted.values())
-
-
-def final(settings: Settings) -> tuple[VersionRecord, bytes]:
-    """Read the last version as a server does: its record, and all of its weights as bytes."""
-    replica = Replica(settings, torch.device("cpu"))
-    record = VersionRecord()
-    with connect(settings) as client:
-        weights = WeightStore(client, settings)
-        if snapshot := weights.load_snapshot():
-            replica.apply(snapshot.payload)
-            record = snapshot.record
-        while deltas := weights.read_after(record.version, chain=record.chain or None):
-            for delta in deltas:
-                replica.apply(delta.payload)
-                record = delta.record
-    return record, encode(replica.write_all())
-
-
-def same(one: Settings, other: Settings) -> bool:
-    """Tell whether two trainers came to the same version, weights, optimizer state and all that led there."""
-    (record, weights), (expected, expected_weights) = final(one), final(other)
-    return weights == expected_weights and (
-        (record.version, record.chain, record.position, record.feedback_learned)
-        == (expected.version, expected.chain, expected.position, expected.feedback_learned)
-    )
-
-
-def torn(seen: dict[int, Counter[Shown]], reference: Settings) -> int:
-    """Count answers that differ from the one that the reference's version of that number gives."""
-    wrong = 0
-    query = Query(history=(), count=ANSWER_ITEMS)
-
-    def check(version: int) -> int:
-        given = seen.pop(version, None)
-        if given is None:
-            return 0
-        expected = tuple((item.item_id, item.score) for item in scorer.answer([query])[0].items)
-        return sum(number for answer, number in given.items() if answer != expected)
-
-    with connect(reference) as client:
-        scorer = Scorer(reference, CatalogMirror(Catalog(client, reference)), torch.device("cpu"))
-        weights = WeightStore(client, reference)
-        snapshot = weights.load_snapshot()
-        assert snapshot is not None
-        scorer.load(snapshot.record, snapshot.payload, 0)
-        wrong += check(snapshot.record.version)
-        while deltas := weights.read_after(scorer.version):
-            for delta in deltas:
-                scorer.apply(delta.record, delta.payload, 0)
-                wrong += check(delta.record.version)
-    # Versions that never were.
-    return wrong + sum(sum(given.values()) for given in seen.values())
 
 
 class Sweep:
@@ -483,9 +286,7 @@ def measure(kills: int, seed: int, progress: Callable[[], None], directory: Path
             if found.kills == kills:
                 break
             settings = base_settings(store.url, seed + number)
-            settings = settings.model_copy(
-                update={"key_prefix": f"run-{number}", **VARIANTS[number % len(VARIANTS)]}
-            )
+            settings = settings.model_copy(update={"key_prefix": f"run-{number}", **VARIANTS[number % len(VARIANTS)]})
             with connect(settings) as client:
                 client.flushall()
             if found.kills < swept:
@@ -516,7 +317,7 @@ def main() -> int:
     started = time.monotonic()
     columns = TextColumn("kills"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar, tempfile.TemporaryDirectory() as directory:
-        task: TaskID = bar.add_task("kills", total=arguments.kills)
+        task = bar.add_task("kills", total=arguments.kills)
         found = measure(arguments.kills, arguments.seed, lambda: bar.advance(task), Path(directory))
     result = {**asdict(found), "seconds": round(time.monotonic() - started, 1)}
     print(json.dumps(result, indent=None if arguments.json else 2))

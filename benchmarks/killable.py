@@ -242,8 +242,9 @@ def main() -> None:
     """Import, then answer questions until there are no more."""
     import torch
 
-    import recsys.server
-    import trainer.daemon  # noqa: F401  # forked processes find both imported
+    # What is forked finds both imported.
+    import recsys.server  # noqa: F401
+    import trainer.daemon  # noqa: F401
 
     # The first optimizer imports half of torch.
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])

@@ -27,11 +27,11 @@ from recsys.settings import Settings, load
 from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.weights import VersionRecord
 from recsys.weights.replica import SERVED_COLUMNS, Replica
-from trainer.examples import encode
+from trainer.examples import batches, encode
 from trainer.log_learner import LogLearner, Outcome
 from trainer.metrics import TrainerMetrics
 from trainer.prequential import Prequential
-from trainer.quality import NO_EVENT
+from trainer.quality import MISS
 
 # The part of the stream during which poison is mixed in.
 FROM, UNTIL = 0.5, 0.7
@@ -143,30 +143,29 @@ def run(clean: list[Feedback], settings: Settings, kind: str, share: float) -> d
     """Run over the stream; return accuracy before, during and after the poison."""
     one = Run(settings)
     histories: dict[str, deque[HistoryEntry]] = {}
-    clean_entries: list[LogEntry] = []
-    hits = np.zeros(len(clean))
-    done = 0
-    for number, (each, is_clean) in enumerate(mixed(clean, kind, share), 1):
-        history = histories.setdefault(each.user_id, deque(maxlen=settings.history_length))
-        entry = LogEntry(f"{number}-0", number, to_record(each, history), False)
-        history.append(HistoryEntry(item_id=each.item_id, feedback_class=each.feedback_class, time_ms=each.time_ms))
-        if is_clean:
-            clean_entries.append(entry)
-        if len(clean_entries) == settings.batch_size:
-            found = one.ranks(clean_entries)
-            hits[done : done + len(found)] = np.where(found == NO_EVENT, 0, (found > 0) & (found <= 10))
-            done += len(found)
-            clean_entries = []
-        one.take(entry, number)
+    hits: list[bool] = []
+    # As many as the learner takes at once: each is tested before any of them is learned.
+    for batch in batches(enumerate(mixed(clean, kind, share), 1), settings.batch_size):
+        entries = []
+        for number, (each, _) in batch:
+            history = histories.setdefault(each.user_id, deque(maxlen=settings.history_length))
+            entries.append(LogEntry(f"{number}-0", number, to_record(each, history), False))
+            history.append(HistoryEntry(item_id=each.item_id, feedback_class=each.feedback_class, time_ms=each.time_ms))
+        of_clean = [entry for entry, (_, (_, is_clean)) in zip(entries, batch, strict=True) if is_clean]
+        if of_clean:
+            hits.extend(((rank := one.ranks(of_clean)) > MISS) & (rank <= 10))
+        for entry, (number, _) in zip(entries, batch, strict=True):
+            one.take(entry, number)
+    found = np.array(hits)
     begin, end = int(FROM * len(clean)), int(UNTIL * len(clean))
     recovered = end + int(AFTER * len(clean))
     return {
         "poison": kind if share else "none",
         "share": share,
         "gate": settings.gate,
-        "hr_at_10_before": round(float(hits[:begin].mean()), 4),
-        "hr_at_10_during": round(float(hits[begin:end].mean()), 4),
-        "hr_at_10_after": round(float(hits[end:recovered].mean()), 4),
+        "hr_at_10_before": round(float(found[:begin].mean()), 4),
+        "hr_at_10_during": round(float(found[begin:end].mean()), 4),
+        "hr_at_10_after": round(float(found[end:recovered].mean()), 4),
         "versions": one.versions,
         "held": one.held,
         "set_aside": one.set_aside,

@@ -33,6 +33,7 @@ TARGET = f"127.0.0.1:{PORTS['RECSYS_PORT']}"
 VERSIONS = 20
 ROWS_PER_VERSION = 1000
 START_SECONDS = 60.0
+PROBE_SECONDS = 0.005
 
 
 @contextmanager
@@ -69,7 +70,7 @@ class Prober(threading.Thread):
     def run(self) -> None:
         """Probe until `over` is set."""
         with Client(TARGET, timeout=10.0) as client:
-            while not self.over.is_set():
+            while not self.over.wait(PROBE_SECONDS):
                 started = time.monotonic()
                 version = client.recommend("anna").version
                 now = time.monotonic()

@@ -96,6 +96,14 @@ class ItemTable:
         for column in self.columns.values():
             column.zero_()
 
+    def truncate(self, rows: int) -> None:
+        """Forget the items from row `rows` on; clock and capacity stay."""
+        for item_id in self.item_ids[rows:]:
+            del self._index[item_id]
+        for column in self.columns.values():
+            column[rows : self.rows] = 0
+        del self.item_ids[rows:]
+
     def row(self, item_id: str) -> int:
         """Return the item's row, or 0 when the table does not hold it."""
         return self._index.get(item_id, PADDING_ROW)

@@ -24,7 +24,10 @@ HOLD_SECONDS = 30
 
 
 class _Whole:
-    """All of one part of a version, moved from version to version by applying payloads."""
+    """All of one part of a version, moved from version to version by applying payloads.
+
+    A column is a view of a payload's bytes until it is written to, and may then have more rows than are in use.
+    """
 
     def __init__(self) -> None:
         self._dense: Mapping[str, NDArray[Any]] = {}
@@ -32,29 +35,79 @@ class _Whole:
         self._items: list[tuple[str, int]] = []
         self._rows = 0
 
-    def apply(self, payload: WeightPayload, rows: int) -> None:
-        """Move on to the version that `payload` leads to, whose item table has `rows` rows."""
+    def apply(self, payload: WeightPayload, kept: int, rows: int) -> None:
+        """Move on to the version that `payload` leads to; `kept` rows of the item table stay, `rows` it has then."""
         self._dense = payload.dense
         if payload.whole:
             self._items = list(payload.new_items)
             self._columns = dict(payload.columns)
         else:
+            del self._items[max(0, kept - 1) :]
             self._items.extend(payload.new_items)
             for name, values in payload.columns.items():
-                column = self._columns[name]
-                if len(column) < rows:
-                    grown = np.zeros((rows, *column.shape[1:]), column.dtype)
-                    grown[: len(column)] = column
-                    self._columns[name] = column = grown
-                elif not column.flags.writeable:  # a view of a payload's bytes
-                    self._columns[name] = column = column.copy()
+                column = self._writable(name, rows)
+                column[kept : self._rows] = 0
                 column[payload.rows] = values
         self._rows = rows
 
     def payload(self) -> WeightPayload:
         """Return all of it."""
         rows = np.arange(self._rows, dtype=np.int32)
-        return WeightPayload(self._dense, rows, self._columns, self._items, whole=True)
+        columns = {name: column[: self._rows] for name, column in self._columns.items()}
+        return WeightPayload(self._dense, rows, columns, self._items, whole=True)
+
+    def _writable(self, name: str, rows: int) -> NDArray[Any]:
+        column = self._columns[name]
+        if len(column) < rows or not column.flags.writeable:
+            # With room to spare: every version may bring new items.
+            grown = np.zeros((max(rows, len(column) * 9 // 8), *column.shape[1:]), column.dtype)
+            grown[: self._rows] = column[: self._rows]
+            self._columns[name] = column = grown
+        return column
+
+
+class _Since:
+    """What the versions after an earlier one have changed of it, told from their deltas."""
+
+    def __init__(self, store: WeightStore, record: VersionRecord, whole: WeightPayload) -> None:
+        self._store, self._record = store, record
+        # Rows below it still are those of the earlier version's items.
+        self._kept = len(whole.rows)
+        self._changed: list[NDArray[np.int32]] = []
+        # Bytes of deltas that may still be read: going through more is slower than publishing everything.
+        self._affordable = sum(column.nbytes for column in whole.columns.values())
+
+    def follow(self) -> VersionRecord:
+        """Go on to the last version and return its record."""
+        head = self._store.head()
+        assert head is not None
+        if (ahead := head.version - self._record.version) > 0:
+            self._affordable -= sum(record.bytes for record in self._store.versions(ahead, head.version + 1))
+        while self._affordable > 0 and self._record.version < head.version:
+            for delta in self._store.read_after(self._record.version, chain=self._record.chain):
+                payload, self._record = delta.payload, delta.record
+                if payload.whole:
+                    self._affordable = 0
+                self._kept = min(self._kept, payload.kept_rows or self._kept)
+                self._changed.append(payload.rows)
+        self._record = head if self._affordable <= 0 else self._record
+        return self._record
+
+    def undo(self, served: WeightPayload, own: WeightPayload) -> tuple[WeightPayload, WeightPayload]:
+        """Make what leads from the last version to the earlier one, of which all is given."""
+        if self._affordable <= 0:
+            return served, own
+        changed = np.unique(np.concatenate([*self._changed, np.empty(0, np.int32)]))
+        rows = np.concatenate([changed[changed < self._kept], served.rows[self._kept :]])
+        new_items = served.new_items[self._kept - 1 :]
+        return _some_rows(served, rows, self._kept, new_items), _some_rows(own, rows, self._kept, [])
+
+
+def _some_rows(
+    whole: WeightPayload, rows: NDArray[np.int32], kept: int, new_items: list[tuple[str, int]]
+) -> WeightPayload:
+    columns = {name: column[rows] for name, column in whole.columns.items()}
+    return WeightPayload(whole.dense, rows, columns, new_items, kept_rows=kept)
 
 
 def put_together(store: WeightStore, version: int) -> tuple[VersionRecord, WeightPayload, WeightPayload]:
@@ -70,8 +123,8 @@ def put_together(store: WeightStore, version: int) -> tuple[VersionRecord, Weigh
     rows = 0
     if snapshot is not None and snapshot.trainer_payload is not None:
         record, rows = snapshot.record, len(snapshot.payload.rows)
-        served.apply(snapshot.payload, rows)
-        own.apply(snapshot.trainer_payload, rows)
+        served.apply(snapshot.payload, 0, rows)
+        own.apply(snapshot.trainer_payload, 0, rows)
     while record.version < version:
         wanted = version - record.version
         deltas = store.read_after(record.version, count=min(wanted, 16), chain=record.chain or None, trainer=True)
@@ -79,9 +132,10 @@ def put_together(store: WeightStore, version: int) -> tuple[VersionRecord, Weigh
             break
         for delta in deltas:
             assert delta.trainer_payload is not None
-            rows = len(delta.payload.rows) if delta.payload.whole else rows + len(delta.payload.new_items)
-            served.apply(delta.payload, rows)
-            own.apply(delta.trainer_payload, rows)
+            kept = delta.payload.kept_rows or rows
+            rows = len(delta.payload.rows) if delta.payload.whole else kept + len(delta.payload.new_items)
+            served.apply(delta.payload, kept, rows)
+            own.apply(delta.trainer_payload, kept, rows)
             record = delta.record
     if record.version != version:
         raise NotRetained(f"version {version} is not retained; {describe_retained(store)}")
@@ -110,16 +164,16 @@ def roll_back(store: WeightStore, version: int, reason: str, now_ms: int) -> Ver
     store.hold(HOLD_SECONDS)
     try:
         record, served, own = put_together(store, version)
-        payloads = encode(served), encode(own)
+        since = _Since(store, record, served)
         for _ in range(ATTEMPTS):
-            head, epoch = store.head(), store.epoch()
-            assert head is not None
+            epoch, head = store.epoch(), since.follow()
             if head.kind == ROLLBACK and head.restored_version == version:
                 return head
             if record.version >= head.version:
                 raise NotRetained(f"version {version} is in force; {describe_retained(store)}")
+            payload, own_payload = map(encode, since.undo(served, own))
             try:
-                return store.commit(epoch, head.version, *payloads, _restoring(record, head, reason, now_ms))
+                return store.commit(epoch, head.version, payload, own_payload, _restoring(record, head, reason, now_ms))
             except FencedOff:
                 continue
     finally:

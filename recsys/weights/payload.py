@@ -34,7 +34,8 @@ class WeightPayload:
 
     `rows` are the changed rows, int32, ascending; each of `columns` has one entry of its first axis for each of them.
     `new_items` are the items that got a row, with that row. `whole` says that this is all of a version, so that what
-    was held before is dropped. Two payloads are equal when their `encode` is.
+    was held before is dropped. `kept_rows`, unless 0, says that of what was held before only the rows below it stay.
+    Two payloads are equal when their `encode` is.
     """
 
     dense: Mapping[str, NDArray[Any]] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class WeightPayload:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     new_items: list[tuple[str, int]] = field(default_factory=list)
     whole: bool = False
+    kept_rows: int = 0
 
 
 def encode(payload: WeightPayload) -> bytes:
@@ -64,6 +66,7 @@ def encode(payload: WeightPayload) -> bytes:
         new_item_ids=[item_id for item_id, _ in payload.new_items],
         new_item_rows=np.array([row for _, row in payload.new_items], ROW).tobytes(),
         whole=payload.whole,
+        kept_rows=payload.kept_rows,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -87,6 +90,7 @@ def decode(data: bytes) -> WeightPayload:
         columns=_unpack(message.columns),
         new_items=list(zip(message.new_item_ids, new_rows.tolist(), strict=True)),
         whole=message.whole,
+        kept_rows=message.kept_rows,
     )
     if problem := _problem(payload):
         raise CorruptWeights(problem)
@@ -101,10 +105,13 @@ def _problem(payload: WeightPayload) -> str | None:
     for name, column in payload.columns.items():
         if column.ndim == 0 or len(column) != len(rows):
             return f"column {name!r}: shape {column.shape} for {len(rows)} rows"
-    if any(row < 0 for _, row in payload.new_items):
+    new_rows = {row for _, row in payload.new_items}
+    if min(new_rows, default=0) < 0:
         return "new items: a row is negative"
-    if any(len(set(part)) != len(payload.new_items) for part in zip(*payload.new_items, strict=True)):
+    if not len(payload.new_items) == len(new_rows) == len({item_id for item_id, _ in payload.new_items}):
         return "new items: an item or a row is repeated"
+    if payload.kept_rows < 0 or (payload.kept_rows and payload.whole):
+        return f"kept rows: {payload.kept_rows}{' of what is dropped' if payload.whole else ''}"
     return None
 
 

@@ -57,12 +57,14 @@ class Replica:
         for name in SERVED_COLUMNS:
             column = self.table.columns[name]
             fits(name, payload.columns[name], (len(payload.rows), *column.shape[1:]), column.dtype)
-        rows = 1 if payload.whole else self.table.rows
+        rows = 1 if payload.whole else payload.kept_rows or self.table.rows
+        if rows > self.table.rows:
+            raise CorruptWeights(f"{rows} rows are to stay of the {self.table.rows} in use")
         if len(payload.rows) and payload.rows[-1] >= rows + len(payload.new_items):
             raise CorruptWeights(f"row {payload.rows[-1]} is not in use")
         if [row for _, row in payload.new_items] != list(range(rows, rows + len(payload.new_items))):
             raise CorruptWeights(f"new items do not continue the {rows} rows in use")
-        if not payload.whole and any(self.table.row(item_id) for item_id, _ in payload.new_items):
+        if any(0 < self.table.row(item_id) < rows for item_id, _ in payload.new_items):
             raise CorruptWeights("a new item already has a row")
 
     def apply(self, payload: WeightPayload) -> None:
@@ -74,6 +76,8 @@ class Replica:
         self.check(payload)
         if payload.whole:
             self.table.clear()
+        elif payload.kept_rows:
+            self.table.truncate(payload.kept_rows)
         tensors = {name: to_tensor(array, self.device) for name, array in payload.columns.items()}
         self.table.write(to_tensor(payload.rows, self.device).to(torch.int64), tensors, payload.new_items)
         dense = dict(payload.dense)

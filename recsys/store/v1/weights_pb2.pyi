@@ -19,20 +19,22 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class WeightPayload(_message.Message):
-    __slots__ = ("dense", "rows", "columns", "new_item_ids", "new_item_rows", "whole")
+    __slots__ = ("dense", "rows", "columns", "new_item_ids", "new_item_rows", "whole", "kept_rows")
     DENSE_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     NEW_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
     NEW_ITEM_ROWS_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_ROWS_FIELD_NUMBER: _ClassVar[int]
     dense: _containers.RepeatedCompositeFieldContainer[Tensor]
     rows: bytes
     columns: _containers.RepeatedCompositeFieldContainer[Tensor]
     new_item_ids: _containers.RepeatedScalarFieldContainer[str]
     new_item_rows: bytes
     whole: bool
-    def __init__(self, dense: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., rows: _Optional[bytes] = ..., columns: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., new_item_ids: _Optional[_Iterable[str]] = ..., new_item_rows: _Optional[bytes] = ..., whole: _Optional[bool] = ...) -> None: ...
+    kept_rows: int
+    def __init__(self, dense: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., rows: _Optional[bytes] = ..., columns: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., new_item_ids: _Optional[_Iterable[str]] = ..., new_item_rows: _Optional[bytes] = ..., whole: _Optional[bool] = ..., kept_rows: _Optional[int] = ...) -> None: ...
 
 class Range(_message.Message):
     __slots__ = ("after", "until")

@@ -1,0 +1,100 @@
+"""Start: how long a fresh process takes from a snapshot in the store to weights that can answer, and its memory.
+
+Made-up weights are written as a snapshot; a process of its own then loads and applies them, as a server does when it
+starts. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from made_up import made_up_learner, made_up_lineage
+
+from recsys.settings import load
+from recsys.store.connection import connect
+from recsys.store.embedded import EmbeddedStore
+from recsys.weights import WeightStore, encode
+from recsys.weights.replica import Replica
+
+KIB = 1024
+
+
+def write(store_url: str, items: int) -> dict[str, int]:
+    """Write a snapshot of `items` items; return the bytes of what servers and of what trainers read."""
+    settings = load({"redis_url": store_url}, environment={})
+    with connect(settings) as connection:
+        store = WeightStore(connection, settings)
+        epoch = store.acquire()
+        served, own = made_up_learner(settings, items).write_all()
+        payload, own_payload = encode(served), encode(own)
+        # The version itself is small: what it says is of no interest here.
+        store.commit(epoch, 0, b"", b"", made_up_lineage(settings, 1))
+        store.write_snapshot(epoch, 1, payload, own_payload)
+    return {"served_bytes": len(payload), "trainer_bytes": len(own_payload)}
+
+
+def load_here(store_url: str) -> dict[str, float | int]:
+    """Load the snapshot into this process."""
+    settings = load({"redis_url": store_url}, environment={})
+    torch.set_num_threads(settings.torch_threads)
+    before = peak_bytes()
+    with connect(settings) as connection:
+        started = time.perf_counter()
+        snapshot = WeightStore(connection, settings).load_snapshot()
+        loaded = time.perf_counter()
+        assert snapshot is not None
+        replica = Replica(settings, torch.device("cpu"))
+        replica.apply(snapshot.payload)
+        applied = time.perf_counter()
+    return {
+        "load_seconds": round(loaded - started, 3),
+        "apply_seconds": round(applied - loaded, 3),
+        "seconds": round(applied - started, 3),
+        "rows": replica.table.rows,
+        "weights_bytes": sum(column.nbytes for column in replica.table.columns.values()),
+        "peak_bytes_before": before,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+
+
+def measure(items: int, repeats: int) -> dict[str, object]:
+    """Write a snapshot of `items` items and load it `repeats` times, each in a fresh process."""
+    with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as embedded:
+        this = [sys.executable, __file__, "--store-url", embedded.url, "--items", str(items)]
+        # Written by a process of its own too, so that its memory is free again before anything is measured.
+        written = json.loads(subprocess.run([*this, "--write"], check=True, capture_output=True).stdout)
+        loads = [json.loads(subprocess.run(this, check=True, capture_output=True).stdout) for _ in range(repeats)]
+    return {"items": items, **written, "loads": loads}
+
+
+def main() -> None:
+    """Parse the command line and print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--store-url", help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.write:
+        print(json.dumps(write(arguments.store_url, arguments.items)))
+    elif arguments.store_url:
+        print(json.dumps(load_here(arguments.store_url)))
+    else:
+        print(json.dumps(measure(arguments.items, arguments.repeats)))
+
+
+if __name__ == "__main__":
+    main()
