@@ -91,7 +91,10 @@ class Template:
     def start(self, part: str, settings: Settings, point: Point | None = None) -> int:
         """Start the trainer, the server, or a trainer that ends where the log ends; return its process id."""
         place = None if point is None else [point.number, point.moment]
-        return self._ask("start", part=part, settings=settings.model_dump_json(), point=place)
+        # Apart, because it may be smaller than settings allow.
+        every = settings.snapshot_every_bytes
+        text = settings.model_dump_json(exclude={"snapshot_every_bytes"})
+        return self._ask("start", part=part, settings=text, snapshot_every_bytes=every, point=place)
 
     def alive(self, pid: int) -> bool:
         """Tell whether a process still runs."""
@@ -132,7 +135,7 @@ class _Answering:
         # Exit codes of those that have ended.
         self._ended: dict[int, int] = {}
 
-    def start(self, part: str, settings: str, point: list[Any] | None) -> int:
+    def start(self, part: str, settings: str, snapshot_every_bytes: int, point: list[Any] | None) -> int:
         parent = os.getpid()
         if pid := os.fork():
             return pid
@@ -143,7 +146,8 @@ class _Answering:
                 os.dup2(null, standard)
             if point is not None:
                 _die_at(Point(*point))
-            _run(part, Settings.model_validate_json(settings))
+            checked = Settings.model_validate_json(settings)
+            _run(part, checked.model_copy(update={"snapshot_every_bytes": snapshot_every_bytes}))
             os._exit(0)
         except BaseException:
             traceback.print_exc()

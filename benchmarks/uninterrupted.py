@@ -9,11 +9,9 @@ import torch
 from witnesses import ANSWER_ITEMS, Shown
 
 from recsys.catalog import Catalog, CatalogMirror
-from recsys.feedback_log import LogEntry
 from recsys.scorer import Query, Scorer
 from recsys.settings import Settings
 from recsys.store.connection import connect
-from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.weights import VersionRecord, WeightStore, encode
 from recsys.weights.replica import Replica
 

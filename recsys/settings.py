@@ -224,6 +224,12 @@ class Settings(BaseModel):
     )
     redis_tls_certificate: str = Field("", description="PEM file of the certificate shown to the store")
     redis_tls_key: str = Field("", description="PEM file of that certificate's private key")
+    client_tls_ca: str = Field(
+        "", description="for the commands that call a server: PEM file of its authorities; turns TLS on"
+    )
+    client_tls_certificate: str = Field("", description="likewise: PEM file of the client's certificate")
+    client_tls_key: str = Field("", description="likewise: PEM file of that certificate's private key")
+    client_token_file: str = Field("", description="likewise: file with the bearer token to show")
     max_metadata_bytes: int = Field(
         8192, ge=1024, le=1 << 20, description="largest metadata of one gRPC call; a call with more is refused"
     )
@@ -253,7 +259,10 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _secured(self) -> Settings:
-        for first, second in (("tls_certificate", "tls_key"), ("redis_tls_certificate", "redis_tls_key")):
+        for first, second in (
+            *(("tls_certificate", "tls_key"), ("redis_tls_certificate", "redis_tls_key")),
+            ("client_tls_certificate", "client_tls_key"),
+        ):
             if bool(getattr(self, first)) != bool(getattr(self, second)):
                 raise ValueError(f"{first}, {second}: give both or neither")
         if self.tls_client_ca and not self.tls_certificate:

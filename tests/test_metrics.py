@@ -94,6 +94,10 @@ def test_every_method_of_the_protocol_is_known() -> None:
         ("recsys.v1.CatalogService", "DeleteItems"),
         ("recsys.v1.ModelService", "GetStatus"),
         ("recsys.v1.ModelService", "ListVersions"),
+        ("recsys.v1.ModelService", "GetVersion"),
+        ("recsys.v1.ModelService", "Rollback"),
+        ("recsys.v1.ModelService", "PauseLearning"),
+        ("recsys.v1.ModelService", "ResumeLearning"),
     }
 
 

@@ -15,6 +15,7 @@ from recsys.cli.config_command import config
 from recsys.cli.demo import demo
 from recsys.cli.evaluate_command import evaluate
 from recsys.cli.import_command import import_
+from recsys.cli.quarantine_commands import quarantine
 from recsys.cli.run_commands import serve, store, train, up
 from recsys.cli.settings_flags import ConfigFile, takes_settings
 from recsys.errors import RecsysError, SettingsError
@@ -69,6 +70,7 @@ for _panel, _commands in _PANELS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
 app.add_typer(versions, name="versions", rich_help_panel="Ask and tell a server")
+app.add_typer(quarantine, name="quarantine", rich_help_panel="Look into the store")
 app.command("store", hidden=True)(takes_settings(store))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -96,7 +97,8 @@ def status(ctx: typer.Context, server: Server = None, json: AsJson = False) -> N
     """Tell what a server serves and how fresh it is; exit code 0 only when it is SERVING."""
     with connected(ctx, server) as client:
         found = client.status(timeout=TIMEOUT_SECONDS)
-    serving = _serving(target_of(ctx, server))
+        # Health alone knows of a server that is still loading, or already stopping.
+        serving = client.serving(timeout=TIMEOUT_SECONDS)
     facts_of = {
         "serving": serving,
         "version": found.version,
@@ -200,10 +202,23 @@ def version_facts(version: Version) -> dict[str, Any]:
 @contextmanager
 def connected(ctx: typer.Context, server: str | None) -> Iterator[Client]:
     """Connect to the server that the flag or the settings name."""
-    from recsys.client import Client
+    from recsys.client import Client, TlsOptions
+    from recsys.settings import load
 
-    with Client(target_of(ctx, server)) as client:
+    settings = load(file=ctx.obj)
+    tls = TlsOptions(settings.client_tls_ca, settings.client_tls_certificate, settings.client_tls_key)
+    token = _token(settings.client_token_file)
+    with Client(target_of(ctx, server), tls=tls if settings.client_tls_ca else None, token=token) as client:
         yield client
+
+
+def _token(path: str) -> str | None:
+    from recsys.errors import SettingsError
+
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() if path else None
+    except OSError as error:
+        raise SettingsError(f"client_token_file: {path} cannot be read: {error.strerror}") from None
 
 
 def target_of(ctx: typer.Context, server: str | None) -> str:
@@ -223,21 +238,6 @@ def target_of(ctx: typer.Context, server: str | None) -> str:
     # Servers listen on these; clients cannot call them everywhere.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
-
-
-def _serving(target: str) -> bool:
-    """Ask the health service, the only one to know that a server is still loading or already stopping."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    with grpc.insecure_channel(target) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS, wait_for_ready=True
-            )
-        except grpc.RpcError:
-            return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _time(time: Timestamp) -> str:

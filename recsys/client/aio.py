@@ -83,6 +83,10 @@ class AsyncClient:
         """Tell what the server serves and how fresh it is."""
         return await self._do(calls.status(), timeout)
 
+    async def serving(self, *, timeout: float | None = None) -> bool:
+        """Tell whether the server is SERVING: not still loading its first weights, not already stopping."""
+        return await self._do(calls.serving(), timeout)
+
     async def versions(self, *, timeout: float | None = None) -> AsyncIterator[model_pb2.Version]:
         """Go through the retained versions, newest first; `timeout` is that of each page."""
         token = ""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+from grpc_health.v1 import health_pb2
+
 from recsys.catalog import CategoryFilter, Item
 from recsys.feedback import Feedback, to_wire
 from recsys.v1 import catalog_pb2, model_pb2, recommender_pb2
@@ -154,6 +156,15 @@ def delete_items(item_ids: Iterable[str]) -> Call[int]:
 def status() -> Call[model_pb2.GetStatusResponse]:
     """Ask what is served."""
     return Call("/recsys.v1.ModelService/GetStatus", model_pb2.GetStatusRequest(), lambda response: response)
+
+
+def serving() -> Call[bool]:
+    """Ask the health service whether the whole server is SERVING."""
+    return Call(
+        "/grpc.health.v1.Health/Check",
+        health_pb2.HealthCheckRequest(),
+        lambda response: bool(response.status == health_pb2.HealthCheckResponse.SERVING),
+    )
 
 
 def versions(page_token: str) -> Call[model_pb2.ListVersionsResponse]:

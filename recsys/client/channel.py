@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 
 from recsys import errors
 from recsys.settings import is_loopback
@@ -113,7 +114,7 @@ def multicallables(channel: Any) -> dict[str, Any]:
             request_serializer=method.input_type._concrete_class.SerializeToString,
             response_deserializer=method.output_type._concrete_class.FromString,
         )
-        for file in (recommender_pb2, catalog_pb2, model_pb2)
+        for file in (recommender_pb2, catalog_pb2, model_pb2, health_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }

@@ -96,6 +96,10 @@ class Client:
         """Tell what the server serves and how fresh it is."""
         return self._do(calls.status(), timeout)
 
+    def serving(self, *, timeout: float | None = None) -> bool:
+        """Tell whether the server is SERVING: not still loading its first weights, not already stopping."""
+        return self._do(calls.serving(), timeout)
+
     def versions(self, *, timeout: float | None = None) -> Iterator[model_pb2.Version]:
         """Go through the retained versions, newest first; `timeout` is that of each page."""
         token = ""
