@@ -234,7 +234,7 @@ def _die_at(point: Point) -> None:
             send(self, command, check_health)
         _kill_self()
 
-    AbstractConnection.send_packed_command = counted
+    AbstractConnection.send_packed_command = counted  # type: ignore[method-assign]
 
 
 def _kill_self() -> NoReturn:

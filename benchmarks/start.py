@@ -47,17 +47,18 @@ def load_here(store_url: str) -> dict[str, float | int]:
     torch.set_num_threads(settings.torch_threads)
     before = peak_bytes()
     with connect(settings) as connection:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         snapshot = WeightStore(connection, settings).load_snapshot()
         loaded = time.perf_counter()
         assert snapshot is not None
         replica = Replica(settings, torch.device("cpu"))
         replica.apply(snapshot.payload)
-        applied = time.perf_counter()
+        applied, cpu = time.perf_counter(), time.process_time() - cpu
     return {
         "load_seconds": round(loaded - started, 3),
         "apply_seconds": round(applied - loaded, 3),
         "seconds": round(applied - started, 3),
+        "cpu_seconds": round(cpu, 3),
         "rows": replica.table.rows,
         "weights_bytes": sum(column.nbytes for column in replica.table.columns.values()),
         "peak_bytes_before": before,

@@ -29,7 +29,7 @@ def copy_log(entries: Sequence[tuple[str, dict[bytes, bytes]]], settings: Settin
     """Write a copy of a log, position by position."""
     with connect(settings) as client, client.pipeline(transaction=False) as pipeline:
         for position, fields in entries:
-            pipeline.xadd(f"{settings.key_prefix}:{{log}}:records", fields, id=position)  # type: ignore[arg-type]
+            pipeline.xadd(f"{settings.key_prefix}:{{log}}:records", fields, id=position)
         pipeline.execute()
 
 

@@ -228,7 +228,7 @@ class Whole:
                 log.append([Feedback(user_id, each.item_id, each.feedback_class, each.time_ms) for each in history])
         with following(self._settings) as scorer:
             publisher = Publisher(self._settings, self._contents, scorer)
-            threads = [publisher]
+            threads: list[threading.Thread] = [publisher]
             threads += [threading.Thread(target=self._ask, args=(scorer, each)) for each in self.in_process]
             threads += [threading.Thread(target=self._call, args=(each,)) for each in self.over_grpc]
             for thread in threads:
@@ -269,10 +269,11 @@ class Whole:
                 number = draw.randrange(len(self._queries))
                 user_id = f"user-{number % USERS}"
                 try:
-                    if number < USERS:
-                        answer = client.recommend(user_id, len(ITEMS), allow_seen=True, context=CONTEXT)
-                    else:
-                        answer = client.score(user_id, ITEMS, context=CONTEXT)
+                    answer = (
+                        client.recommend(user_id, len(ITEMS), allow_seen=True, context=CONTEXT)
+                        if number < USERS
+                        else client.score(user_id, ITEMS, context=CONTEXT)
+                    )
                 except RecsysError:
                     if counted.answers or time.monotonic() > deadline:
                         raise

@@ -19,6 +19,7 @@ from recsys.settings import CLASS_PRESETS, Settings
 COMMANDS = (
     *("demo", "up", "serve", "train", "store", "config"),
     *("recommend", "feedback", "import", "status", "versions", "evaluate"),
+    *("rollback", "pause", "resume", "verify", "rebuild"),
 )
 HEADER = "user,item,time,class\n"
 
@@ -59,7 +60,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_help_of_those_that_take_settings_names_every_one(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "up", "serve", "train", "config", "evaluate"):
+    for command in ("demo", "up", "serve", "train", "config", "evaluate", "verify", "rebuild"):
         main([command, "--help"])
         shown = capsys.readouterr().out
         missing = [n for n in Settings.model_fields if f"--{n.replace('_', '-')} " not in shown]

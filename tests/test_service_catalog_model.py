@@ -121,6 +121,10 @@ def test_versions_come_in_pages_newest_first(running: Running) -> None:
         position="5-0",
         chain=head.chain.hex(),
         metrics={"hr": 0.5},
+        kind="learned",
+        parent=4,
+        trainer_bytes=head.trainer_bytes,
+        settings_digest="digest",
     )
 
 

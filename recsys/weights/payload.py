@@ -81,6 +81,8 @@ def decode(data: bytes) -> WeightPayload:
         message = weights_pb2.WeightPayload.FromString(data)
     except DecodeError as error:
         raise CorruptWeights(f"the payload cannot be parsed: {error}") from None
+    # The message is a copy, and so are the arrays: three would be held at once.
+    del data
     new_rows = _unpack_rows("new_item_rows", message.new_item_rows)
     if len(new_rows) != len(message.new_item_ids):
         raise CorruptWeights(f"{len(message.new_item_ids)} new items have {len(new_rows)} rows")

@@ -64,7 +64,7 @@ class Replica:
             raise CorruptWeights(f"row {payload.rows[-1]} is not in use")
         if [row for _, row in payload.new_items] != list(range(rows, rows + len(payload.new_items))):
             raise CorruptWeights(f"new items do not continue the {rows} rows in use")
-        if any(0 < self.table.row(item_id) < rows for item_id, _ in payload.new_items):
+        if rows > 1 and any(0 < self.table.row(item_id) < rows for item_id, _ in payload.new_items):
             raise CorruptWeights("a new item already has a row")
 
     def apply(self, payload: WeightPayload) -> None:
@@ -78,8 +78,11 @@ class Replica:
             self.table.clear()
         elif payload.kept_rows:
             self.table.truncate(payload.kept_rows)
-        tensors = {name: to_tensor(array, self.device) for name, array in payload.columns.items()}
-        self.table.write(to_tensor(payload.rows, self.device).to(torch.int64), tensors, payload.new_items)
+        rows = to_tensor(payload.rows, self.device).to(torch.int64)
+        self.table.write(rows, {}, payload.new_items)
+        for name, array in payload.columns.items():
+            # One after the other: a copy of all of them at once would double what a start takes.
+            self.table.write(rows, {name: to_tensor(array, self.device)}, ())
         dense = dict(payload.dense)
         self.table.clock = int(dense.pop(CLOCK)[0])
         self.network.load_state_dict({name: to_tensor(array, self.device) for name, array in dense.items()})
