@@ -230,7 +230,9 @@ class Whole:
             publisher = Publisher(self._settings, self._contents, scorer)
             threads: list[threading.Thread] = [publisher]
             threads += [threading.Thread(target=self._ask, args=(scorer, each)) for each in self.in_process]
-            threads += [threading.Thread(target=self._call, args=(each,)) for each in self.over_grpc]
+            threads += [
+                threading.Thread(target=self._call, args=(each, seed)) for seed, each in enumerate(self.over_grpc)
+            ]
             for thread in threads:
                 thread.start()
             while not self._enough(answers) and all(thread.is_alive() for thread in threads):
@@ -260,9 +262,9 @@ class Whole:
                 expected = self._expected[answer.version % CONTENTS][number]
                 counted.note(answer.version, seen(answer) == expected and answer.version == answers[0].version)
 
-    def _call(self, counted: Count) -> None:
+    def _call(self, counted: Count, seed: int) -> None:
         """Call the server over a connection."""
-        draw = random.Random(id(counted))
+        draw = random.Random(seed)
         deadline = time.monotonic() + START_SECONDS
         with Client(f"127.0.0.1:{self._settings.port}", timeout=CALL_SECONDS) as client:
             while not self._over.is_set():

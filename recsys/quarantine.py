@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import redis
 
@@ -55,25 +55,35 @@ class Quarantine:
         self._release = client.register_script(RELEASE)
 
     def set_aside(self, after: str, until: str, reason: str, time_ms: int) -> None:
-        """Copy a part of the log, so that it outlives the log's trimming; doing it again changes nothing."""
+        """Copy a part of the log, so that it outlives the log's trimming; what was set aside before is left out.
+
+        Doing it again changes nothing, also after a crash half-way.
+        """
+        cursor = after
+        for case in sorted(self.cases(), key=lambda case: position_key(case.after)):
+            if position_key(case.until) <= position_key(cursor) or position_key(case.after) >= position_key(until):
+                continue
+            if position_key(case.after) > position_key(cursor):
+                self._copy(cursor, case.after, reason, time_ms)
+            cursor = case.until
+        if position_key(cursor) < position_key(until):
+            self._copy(cursor, until, reason, time_ms)
+
+    def _copy(self, after: str, until: str, reason: str, time_ms: int) -> None:
         key = self._key(after)
         with store_errors():
             kept: Any = self._client.xrevrange(key, count=1)
             cursor = kept[0][0].decode() if kept else after
-            while position_key(cursor) < position_key(until):
-                page: Any = self._client.xrange(self._records, f"({cursor}", until, count=PAGE)
-                if not page:
-                    break
+            while page := cast("list[Any]", self._client.xrange(self._records, f"({cursor}", until, count=PAGE)):
                 pipeline = self._client.pipeline(transaction=True)
                 for position, fields in page:
                     if b"r" in fields:
                         pipeline.xadd(key, {b"r": fields[b"r"]}, id=position)
                 pipeline.execute()
                 cursor = page[-1][0].decode()
-            feedback = int(self._client.xlen(key))
             number = int(self._client.hlen(self._cases)) + 1
-            case = Case(number, after, until, reason, time_ms, feedback)
-            self._client.hsetnx(self._cases, after, json.dumps(asdict(case)))
+            case = Case(number, after, until, reason, time_ms, int(self._client.xlen(key)))
+            self._client.hset(self._cases, after, json.dumps(asdict(case)))
 
     def cases(self) -> list[Case]:
         """List what is set aside, oldest first; released ones are listed with no feedback left."""

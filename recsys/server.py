@@ -26,6 +26,7 @@ from recsys.feedback_log import Appended, FeedbackLog
 from recsys.follower import Follower
 from recsys.histories import Histories
 from recsys.metrics import ServerMetrics
+from recsys.quarantine import Quarantine
 from recsys.scorer import Answer, Scorer
 from recsys.service.auth import Guard
 from recsys.service.catalog import CatalogItems
@@ -148,7 +149,8 @@ class Server:
         self._calls = StoreCalls(settings)
         recommender = Recommender(settings, scorer, self._parts.mirror, self._scoring, self._appending, metrics)
         catalog = CatalogItems(settings, Catalog(self._client, settings), self._calls)
-        model = Model(settings, scorer, log, WeightStore(self._client, settings), self._calls)
+        weights, quarantine = WeightStore(self._client, settings), Quarantine(self._client, settings)
+        model = Model(settings, scorer, log, weights, quarantine, self._calls)
         add: Any
         for add, servicer in (
             (recommender_pb2_grpc.add_RecommenderServiceServicer_to_server, recommender),

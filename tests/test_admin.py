@@ -20,6 +20,7 @@ from serving import Loop
 from recsys.cli import main
 from recsys.client import AsyncClient, Client
 from recsys.errors import InvalidInput, NotRetained, OtherVersionCameFirst
+from recsys.quarantine import Quarantine
 from recsys.server import Server, assemble
 from recsys.settings import Settings
 from recsys.store.connection import connect
@@ -168,7 +169,7 @@ def test_a_rollback_gives_up_when_others_always_come_first(system: System) -> No
     with connect(system.settings) as client:
         crowded = Crowded(client, system.settings)
         with pytest.raises(OtherVersionCameFirst, match=f"{ATTEMPTS} times"):
-            roll_back(crowded, 1, "", 0)
+            roll_back(crowded, Quarantine(client, system.settings), 1, "", 0)
         assert crowded.tries == ATTEMPTS
         assert not crowded.paused()
 
@@ -199,7 +200,7 @@ def test_any_version_is_restored_from_any_other_whatever_items_each_has(settings
         for turn in range(40):
             if turn % 4 == 3:
                 wanted = int(draw.integers(1, last))
-                last = int(roll_back(store, wanted, "", 0).version)
+                last = int(roll_back(store, Quarantine(client, base), wanted, "", 0).version)
                 follow()
                 assert stood[last] == stood[wanted]
                 made.apply(put_together(store, last)[1])

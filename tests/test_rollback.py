@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-import torch
 from learning import CPU, append, make_feedback, small, tick
 from prometheus_client import CollectorRegistry
 
 from recsys.errors import NotRetained
+from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.weights import WeightStore, encode
@@ -79,7 +79,7 @@ def test_a_rollback_restores_the_content_as_a_new_version_and_learning_goes_on_b
         bad_head = store.head()
         assert good_head is not None
         assert bad_head is not None
-        record = roll_back(store, good_head.version, "went wrong", 5)
+        record = roll_back(store, Quarantine(client, base), good_head.version, "went wrong", 5)
         assert (record.version, record.kind, record.restored_version) == (
             *(bad_head.version + 1, "rollback", good_head.version),
         )
@@ -114,7 +114,7 @@ def test_rolling_back_to_what_is_in_force_or_gone_is_refused(settings: Settings)
         learn(made, 4)
         for version in (2, 3):
             with pytest.raises(NotRetained):
-                roll_back(store, version, "", 0)
+                roll_back(store, Quarantine(client, base), version, "", 0)
 
 
 @pytest.mark.parametrize("replay_capacity", [5, 1000])
@@ -161,4 +161,3 @@ def test_while_paused_nothing_is_learned_and_nothing_lost(settings: Settings) ->
         head = store.head()
         assert head is not None
         assert head.feedback_learned == 6
-    assert torch.get_num_threads() == 1

@@ -186,7 +186,7 @@ def test_settings_that_contradict_each_other_are_refused(given: dict[str, str], 
 def allowed_roles(method: str) -> set[str]:
     """Say who may call a method, written down a second time."""
     service, _, name = method.rpartition("/")
-    if name in ("GetStatus", "ListVersions"):
+    if name in ("GetStatus", "ListVersions", "GetVersion"):
         return {"recommend", "admin"}
     if name in ("Recommend", "Score", "GetItems"):
         return {"recommend"}

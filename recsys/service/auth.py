@@ -26,6 +26,7 @@ ROLES: dict[str, frozenset[Role]] = {
     "/recsys.v1.CatalogService/GetItems": frozenset({"recommend"}),
     "/recsys.v1.ModelService/GetStatus": frozenset({"recommend", "admin"}),
     "/recsys.v1.ModelService/ListVersions": frozenset({"recommend", "admin"}),
+    "/recsys.v1.ModelService/GetVersion": frozenset({"recommend", "admin"}),
 }
 ADMIN: frozenset[Role] = frozenset({"admin"})
 

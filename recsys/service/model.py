@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import recsys
 from recsys.errors import NotRetained, StoreUnavailable
 from recsys.feedback_log import FeedbackLog
+from recsys.quarantine import Quarantine
 from recsys.scorer import Scorer
 from recsys.service import validation
 from recsys.service.edge import Context, deadline_of
@@ -40,12 +41,19 @@ class Model(ModelServiceServicer):
     """Serve recsys.v1.ModelService."""
 
     def __init__(
-        self, settings: Settings, scorer: Scorer, log: FeedbackLog, weights: WeightStore, calls: StoreCalls
+        self,
+        settings: Settings,
+        scorer: Scorer,
+        log: FeedbackLog,
+        weights: WeightStore,
+        quarantine: Quarantine,
+        calls: StoreCalls,
     ) -> None:
         self._settings = settings
         self._scorer = scorer
         self._log = log
         self._weights = weights
+        self._quarantine = quarantine
         self._calls = calls
 
     async def GetStatus(self, request: model_pb2.GetStatusRequest, context: Context) -> model_pb2.GetStatusResponse:
@@ -100,11 +108,13 @@ class Model(ModelServiceServicer):
         """Put the content of an earlier version in force again, as a new version."""
         deadline = deadline_of(context)
         validation.rollback(request)
-        record = await self._calls.run(
-            lambda: roll_back(self._weights, request.version, request.reason, time.time_ns() // 1_000_000), deadline
-        )
+        record = await self._calls.run(lambda: self._roll_back(request), deadline)
         _log.warning("version %d has the content of version %d: %r", record.version, request.version, request.reason)
         return _version(record, snapshot=False)
+
+    def _roll_back(self, request: model_pb2.RollbackRequest) -> VersionRecord:
+        now_ms = time.time_ns() // 1_000_000
+        return roll_back(self._weights, self._quarantine, request.version, request.reason, now_ms)
 
     async def PauseLearning(
         self, request: model_pb2.PauseLearningRequest, context: Context

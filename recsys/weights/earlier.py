@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.errors import FencedOff, NotRetained, OtherVersionCameFirst
+from recsys.quarantine import Quarantine
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import WeightPayload, encode
 from recsys.weights.record import Lineage, LogRange
@@ -151,16 +152,25 @@ def describe_retained(store: WeightStore) -> str:
     return f"retained are {min(snapshots, default=1)} to {head.version}"
 
 
-def roll_back(store: WeightStore, version: int, reason: str, now_ms: int) -> VersionRecord:
+def roll_back(store: WeightStore, quarantine: Quarantine, version: int, reason: str, now_ms: int) -> VersionRecord:
     """Put the content of an earlier version in force again, as a new version; versions never go back.
 
-    The feedback learned since is set aside: learning goes on behind it. A trainer at work notices and goes on from the
-    new version. A last version that restored `version` already is returned as it stands, so a call may be repeated.
+    The feedback learned since goes into quarantine: learning goes on behind it. A trainer at work notices and goes on
+    from the new version. A last version that restored `version` already is returned as it stands, so that a call may be
+    repeated.
 
     Raises:
         NotRetained: when the version is not kept (any more), or is not an earlier one.
         OtherVersionCameFirst: when trainers committed in between ATTEMPTS times.
     """
+    made = _committed(store, version, reason, now_ms)
+    # Behind the commit: what is in quarantine is not learned. A repeated call makes up for a crash in between.
+    for part in made.set_aside:
+        quarantine.set_aside(part.after, part.until, reason or f"rollback to version {version}", now_ms)
+    return made
+
+
+def _committed(store: WeightStore, version: int, reason: str, now_ms: int) -> VersionRecord:
     store.hold(HOLD_SECONDS)
     try:
         record, served, own = put_together(store, version)
