@@ -76,7 +76,7 @@ class Follower:
                 self._stopping.wait(RETRY_SECONDS)
 
     def step(self, wait_seconds: float) -> bool:
-        """Load the newest snapshot if no weights are held, else apply what followed; False when there are none yet.
+        """Load the newest version if none is held, else apply what followed; False when there is none yet.
 
         Raises:
             StoreUnavailable: when the store does not answer.
@@ -105,15 +105,31 @@ class Follower:
             raise CorruptWeights(f"the store began anew: it stands at another version {head.version}")
 
     def _load(self) -> bool:
+        """Put the newest version together beside what is held, and take it when it is newer or another past."""
         snapshot = self._store.load_snapshot()
         first = None if snapshot else next(iter(self._store.read_after(0, count=1)), None)
         found = snapshot or first
         if found is None:
             return False
-        self._awaiting_answer.clear()
-        self._scorer.load(found.record, found.payload, _now_ms())
+        replica = self._scorer.replica_of(found.payload)
+        passed = [found.record]
+        try:
+            while deltas := self._store.read_after(passed[-1].version, chain=passed[-1].chain):
+                for delta in deltas:
+                    replica.apply(delta.payload)
+                    passed.append(delta.record)
+        except CorruptWeights as error:
+            _log.error("version %d is the last that can be put together: %s", passed[-1].version, error)
         self._metrics.weights_reloaded(self._reason)
-        self._remember(found.record)
+        last, held = passed[-1], self._scorer.version
+        if last.version <= held and self._past.get(last.version) == last.chain:
+            # Answers never go back: what is held came out of this very version.
+            self._chain = self._past[held]
+            return True
+        self._awaiting_answer.clear()
+        self._scorer.take(last, replica, _now_ms())
+        for record in passed:
+            self._remember(record)
         status = self._scorer.status
         self._metrics.version_applied(
             status.version, status.committed_ms / 1000, status.applied_ms / 1000, status.items

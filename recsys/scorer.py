@@ -130,9 +130,21 @@ class Scorer:
         Raises:
             CorruptWeights: when the payload does not fit the settings; nothing was changed then.
         """
+        self.take(record, self.replica_of(payload), applied_ms)
+
+    def replica_of(self, payload: WeightPayload) -> Replica:
+        """Make a replica of a whole version, to be moved further by its caller and then taken.
+
+        Raises:
+            CorruptWeights: when the payload does not fit the settings.
+        """
         replica = Replica(self._settings, self.device)
         replica.apply(payload)
         replica.network.eval()
+        return replica
+
+    def take(self, record: VersionRecord, replica: Replica, applied_ms: int) -> None:
+        """Take a replica of `record`'s version in place of whatever is held; the one before answers until then."""
         with self._lock:
             self._replica = replica
             self._install(record, applied_ms)
