@@ -13,6 +13,9 @@ from recsys.settings import Settings
 from recsys.store.v1 import log_pb2
 from recsys.v1 import recommender_pb2
 
+# Of what is refused, as much is quoted.
+ECHOED_CHARACTERS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
@@ -129,7 +132,8 @@ def check(feedback: Feedback, settings: Settings, now_ms: int) -> Violation | No
         return violation
     if feedback.feedback_class not in settings.class_index:
         allowed = ", ".join(c.name for c in settings.classes)
-        return Violation("feedback_class", f"{feedback.feedback_class!r} is unknown; allowed are {allowed}")
+        given = feedback.feedback_class[:ECHOED_CHARACTERS]
+        return Violation("feedback_class", f"{given!r} is unknown; allowed are {allowed}")
     if feedback.value is not None and not math.isfinite(feedback.value):
         return Violation("value", f"{feedback.value} is not a finite number")
     if feedback.time_ms < 0:

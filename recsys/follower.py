@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 
 from recsys.catalog import CatalogMirror
 from recsys.errors import CorruptWeights, StoreFull, StoreUnavailable
@@ -20,6 +21,7 @@ WAIT_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 # More than a store can forget when it crashes.
 VERSIONS_REMEMBERED = 1000
+VERSIONS_AWAITED = 100
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +41,10 @@ class Follower:
         # Chains of the versions that were served, by version.
         self._past: dict[int, bytes] = {}
         self._reason = "start"
-        self._awaiting_answer: list[tuple[int, list[int]]] = []
+        # Versions whose first answer is still to come, with when their feedback was accepted; where nobody asks, the
+        # oldest go unobserved.
+        self._awaiting_answer: deque[tuple[int, list[int]]] = deque(maxlen=VERSIONS_AWAITED)
+        self._awaiting_lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
         scorer.on_first_answer = self._answered
@@ -90,7 +95,8 @@ class Follower:
             self._check_past()
         for delta in deltas:
             # Before it can give its first answer.
-            self._awaiting_answer.append((delta.record.version, list(delta.record.accepted_ms)))
+            with self._awaiting_lock:
+                self._awaiting_answer.append((delta.record.version, list(delta.record.accepted_ms)))
             self._scorer.apply(delta.record, delta.payload, _now_ms())
             self._applied(delta.record)
         if not self.ready.is_set():
@@ -126,7 +132,8 @@ class Follower:
             # Answers never go back: what is held came out of this very version.
             self._chain = self._past[held]
             return True
-        self._awaiting_answer.clear()
+        with self._awaiting_lock:
+            self._awaiting_answer.clear()
         self._scorer.take(last, replica, _now_ms())
         for record in passed:
             self._remember(record)
@@ -154,8 +161,11 @@ class Follower:
     def _answered(self, version: int) -> None:
         """Observe the feedback whose first answer this was; called from the scoring thread."""
         now_ms = _now_ms()
-        while self._awaiting_answer and self._awaiting_answer[0][0] <= version:
-            _, accepted_ms = self._awaiting_answer.pop(0)
+        answered: list[list[int]] = []
+        with self._awaiting_lock:
+            while self._awaiting_answer and self._awaiting_answer[0][0] <= version:
+                answered.append(self._awaiting_answer.popleft()[1])
+        for accepted_ms in answered:
             self._metrics.freshness("accepted_to_answered", [max(0, now_ms - each) / 1000 for each in accepted_ms])
 
 

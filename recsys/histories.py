@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 import redis
+from google.protobuf.message import DecodeError
 
 from recsys.settings import Settings
 from recsys.store.connection import store_errors
 from recsys.store.v1.log_pb2 import History, HistoryEntry
+
+_log = logging.getLogger(__name__)
 
 
 def log_key(settings: Settings, name: str) -> str:
@@ -41,7 +46,7 @@ class Histories:
             for user_id in user_ids:
                 pipeline.lrange(history_key(self._settings, user_id), 0, -1)
             stored: list[list[bytes]] = pipeline.execute()
-        return [list(History.FromString(b"".join(entries)).history) for entries in stored]
+        return [_parsed(entries) for entries in stored]
 
     def forget(self, user_id: str) -> int:
         """Delete a user's history; return how many entries it had.
@@ -55,3 +60,16 @@ class Histories:
             transaction.delete(key)
             entries: int = transaction.execute()[0]
         return entries
+
+
+def _parsed(entries: list[bytes]) -> list[HistoryEntry]:
+    """Parse stored entries; those that are none, which nothing of ours writes, are left out."""
+    try:
+        return list(History.FromString(b"".join(entries)).history)
+    except DecodeError:
+        _log.error("a history holds entries that cannot be parsed; they are left out")
+    found: list[HistoryEntry] = []
+    for entry in entries:
+        with suppress(DecodeError):
+            found.extend(History.FromString(entry).history)
+    return found

@@ -21,7 +21,7 @@ from recsys.errors import SettingsError
 ENVIRONMENT_PREFIX = "RECSYS_"
 MASK = "***"
 # Read by other parts than this model: the settings file's path, and the switch of the CUDA tests.
-OTHER_VARIABLES = {"RECSYS_CONFIG", "RECSYS_TEST_CUDA"}
+OTHER_VARIABLES = {"RECSYS_CONFIG", "RECSYS_TEST_CUDA", "RECSYS_TEST_DATA"}
 
 
 class FeedbackClass(BaseModel):
@@ -132,7 +132,9 @@ class Settings(BaseModel):
         le=100_000,
         description="entries kept per user; older ones fall off and their items may come back",
     )
-    deduplication_seconds: int = Field(86_400, ge=1, description="how long a feedback_id is remembered")
+    deduplication_seconds: int = Field(
+        3600, ge=1, description="how long a feedback_id is remembered, about 100 bytes each"
+    )
     log_max_bytes: int = Field(
         1 << 30,
         ge=1 << 16,
@@ -142,7 +144,7 @@ class Settings(BaseModel):
         3, ge=1, le=100, description="full copies of the weights kept; deltas behind the oldest are trimmed"
     )
     snapshot_every_bytes: int = Field(
-        64 << 20, ge=1 << 16, description="write a snapshot when this many bytes of deltas follow the last"
+        0, ge=0, description="bytes of deltas after which a snapshot is written; 0: as many as it has, at least 64 MiB"
     )
 
     # The network

@@ -620,3 +620,44 @@ def test_backlog_is_shown(settings: Settings) -> None:
         daemon.step()
         assert registry.get_sample_value("recsys_feedback_backlog") == 3
         assert registry.get_sample_value("recsys_feedback_log_records") == 11
+
+
+def test_a_log_that_is_nearly_full_is_trimmed_to_the_replay_window(settings: Settings, store: redis.Redis) -> None:
+    base = small(settings, replay_capacity=10, snapshots_retained=3)
+    with trainer(base) as daemon:
+        daemon.start()
+        append(base, make_feedback(60))
+        tick(base)
+        while daemon.step():
+            pass
+    used = FeedbackLog(store, base).usage()
+    assert used.records == 60, "no snapshot since the first: all of it is kept"
+    with trainer(base.model_copy(update={"log_max_bytes": used.bytes})) as daemon:
+        daemon.start()
+        daemon.step()
+    assert FeedbackLog(store, base).usage().records == 10
+
+
+def test_a_batch_that_is_not_finite_is_not_replayed_after_a_restart_either(settings: Settings) -> None:
+    base = small(settings, gate=False)
+    with trainer(base) as daemon:
+        daemon.start()
+        append(base, make_feedback(8))
+        tick(base)
+        while daemon.step():
+            pass
+        spoiled = make_feedback(4, 2, first=8)
+        append(base, spoiled)
+        row = daemon.learner.table.row(spoiled[0].item_id) or 1
+        kept = daemon.learner.table.columns["vector"][row].clone()
+        daemon.learner.table.columns["vector"][row] = float("inf")
+        daemon.step()
+        daemon.learner.table.columns["vector"][row] = kept
+        append(base, make_feedback(8, 3, first=12))
+        tick(base)
+        while daemon.step():
+            pass
+        window = len(daemon.learner.window)
+    with trainer(base) as again:
+        again.start()
+        assert len(again.learner.window) == window < 20

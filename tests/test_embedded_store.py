@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis._parsers.base import BaseParser
 
 from recsys.errors import DataDirectoryInUse, SettingsError, StoreFull, StoreUnavailable
 from recsys.settings import Settings, load
@@ -91,12 +92,19 @@ def test_silence_is_an_outage_told_once_without_the_password() -> None:
         ("LOADING the dataset is in memory", StoreUnavailable),
         ("READONLY You can't write against a read only replica.", StoreUnavailable),
         ("CLUSTERDOWN The cluster is down", StoreUnavailable),
+        ("MASTERDOWN Link with MASTER is down", StoreUnavailable),
+        ("TRYAGAIN Multiple keys request during rehashing of slot", StoreUnavailable),
+        ("NOREPLICAS Not enough good replicas to write.", StoreUnavailable),
+        ("BUSY Redis is busy running a script.", StoreUnavailable),
+        ("NOPERM this user has no permissions to run the command", StoreUnavailable),
+        ("NOAUTH Authentication required.", StoreUnavailable),
         ("WRONGTYPE Operation against a key", redis.exceptions.ResponseError),
     ],
 )
 def test_replies_of_the_store_become_our_errors(text: str, expected: type[Exception]) -> None:
+    # As the library makes it of the reply: a class of its own, without its first word, or the text as it is.
     with pytest.raises(expected), store_errors():
-        raise redis.exceptions.ResponseError(text)
+        raise BaseParser.parse_error(text)
 
 
 @pytest.mark.parametrize("error", [redis.exceptions.ConnectionError("gone"), redis.exceptions.TimeoutError("silence")])

@@ -38,10 +38,11 @@ def test_a_difference_is_sure_only_beyond_its_error_and_with_enough_events() -> 
     assert noisy.at_least(4.0) == pytest.approx(1.0 - 4.0 * values.std(ddof=1) / 10.0)
 
 
-def test_single_losses_are_capped_and_what_is_no_number_is_left_out() -> None:
+def test_single_losses_are_capped_and_what_is_no_number_counts_against_the_candidate() -> None:
     comparison = Comparison()
     comparison.add(np.array([1000.0, np.nan, 3.0]), np.array([0.0, 1.0, np.nan]))
-    assert comparison.differences == [LARGEST_LOSS]
+    # A candidate without a number is as wrong as can be; what the served version could not be asked is left out.
+    assert comparison.differences == [LARGEST_LOSS, LARGEST_LOSS - 1.0]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys.device import choose
 from recsys.errors import AddressInUse, OtherVersionCameFirst, StoreFull, StoreUnavailable
-from recsys.feedback_log import FeedbackLog, LogEntry
+from recsys.feedback_log import FeedbackLog, LogEntry, position_key
 from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
@@ -31,6 +31,8 @@ from trainer.publisher import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Publisher, n
 READ_COUNT = 256
 # How often the sizes of log and backlog are looked up for the metrics.
 LOOK_SECONDS = 1.0
+# Share of the log's bound from which on it is trimmed as far as learning allows.
+NEARLY_FULL = 0.8
 # Longest wait for feedback, so that a signal is heeded soon.
 LONGEST_WAIT_SECONDS = 0.25
 
@@ -193,6 +195,8 @@ class Daemon:
             self._looked = self._clock()
             usage = self.log.usage()
             self._metrics.log_usage(usage.records, usage.bytes, usage.max_bytes)
+            if usage.bytes > NEARLY_FULL * usage.max_bytes:
+                self._publisher.make_room()
             self._metrics.backlog(max(0, self.log.appended() - self._learning.head.feedback_learned))
 
     def run(self) -> None:
@@ -213,8 +217,9 @@ class Daemon:
         """Publish the version in the making if it holds all that the log holds; else leave it to a restart."""
         if self._caught_up and not self._ahead and self._waiting_since is not None:
             try:
-                self.log.tick()
-                while self._waiting_since is not None and self.step():
+                tick = position_key(self.log.tick())
+                # Up to this tick and no further, however much more is coming in.
+                while position_key(self._learning.read_position) < tick and self.step():
                     pass
             except (StoreUnavailable, StoreFull) as error:
                 _log.warning("the last feedback will be learned after a restart: %s", error)

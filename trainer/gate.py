@@ -36,7 +36,11 @@ class Comparison:
     differences: list[float] = field(default_factory=list)
 
     def add(self, candidate: np.ndarray, served: np.ndarray) -> None:
-        """Add pairs of losses; pairs of which one is not a number are left out."""
+        """Add pairs of losses; events that the served version could not be asked are left out.
+
+        A candidate whose loss is no number where the served one's is counts as wrong as can be.
+        """
+        candidate = np.where(np.isnan(candidate), LARGEST_LOSS, candidate)
         difference = np.minimum(candidate, LARGEST_LOSS) - np.minimum(served, LARGEST_LOSS)
         self.differences.extend(difference[np.isfinite(difference)].tolist())
 

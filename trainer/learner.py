@@ -73,7 +73,6 @@ class Learner:
         trend_IS = self.table.log_trend()
         report, mix_loss = self._prequential.test(examples, seen, trend_IS)
         replayed = self.window.draw(self.settings.replay_size, random)
-        self.window.add(examples)
         rows_U, vectors_UD, item_loss, class_loss = self._loss(join([examples, replayed]), trend_IS, random)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -90,6 +89,7 @@ class Learner:
             return report
         self._apply(rows_U, gradient_UD)
         self._count(examples)
+        self.window.add(examples)
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.losses = {
             "total": float(loss.detach()),
@@ -204,7 +204,7 @@ class Learner:
     ) -> Tensor:
         """Sampled softmax: each uniform negative stands for (items / N) others; the positive is there for certain."""
         own_X1 = (states_XD * items_XD).sum(1, keepdim=True)
-        others_XN = states_XD @ negatives_ND.T + math.log(max(1.0, len(self.table) / len(negative_N)))
+        others_XN = states_XD @ negatives_ND.T + math.log(len(self.table) / len(negative_N))
         others_XN = others_XN.masked_fill(negative_N == item_X[:, None], MASKED)
         loss_X = torch.cat([own_X1, others_XN], 1).logsumexp(1) - own_X1[:, 0]
         return (loss_X * positive_X).sum() / positive_X.sum().clamp_min(1)

@@ -19,14 +19,14 @@ from recsys.store.v1.log_pb2 import FeedbackRecord
 from recsys.store.v1.weights_pb2 import Range
 from recsys.weights import Lineage, LogRange, VersionRecord
 from recsys.weights.earlier import ROLLBACK
-from trainer.examples import Event, batches, encode
+from trainer.examples import Event, Examples, encode
 from trainer.gate import Gate, describe
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
 from trainer.quality import Quality
 
-# Feedback encoded at once while the replay window is filled.
-FILL_COUNT = 1000
+# Feedback read and encoded at once while the replay window is filled.
+FILL_COUNT = 5000
 
 
 class Outcome(Enum):
@@ -58,24 +58,25 @@ class LogLearner:
 
     def fill_window(self, log: FeedbackLog, head: VersionRecord) -> None:
         """Fill the replay window as it was at `head` with the feedback before its position."""
-        learned: list[LogEntry] = []
-        until = head.position
-        # Until it is full: what was set aside has no place in it.
-        while len(learned) < self._settings.replay_capacity:
-            page = log.read_before(until, self._settings.replay_capacity - len(learned))
-            if not page:
-                break
-            learned[:0] = [entry for entry in page if self._was_learned(entry, head)]
+        pages: list[tuple[Examples, list[str]]] = []
+        until, missing = head.position, self._settings.replay_capacity
+        # From the newest back, until it is full: what was set aside has no place in it.
+        while missing and (page := log.read_before(until, min(missing, FILL_COUNT))):
             until = previous_position(page[0].position)
-        for part in batches(learned, FILL_COUNT):
             found = [
                 (entry.position, event)
-                for entry in part
-                if entry.record is not None and (event := self._event(entry.record)) is not None
+                for entry in page
+                if entry.record is not None
+                and self._was_learned(entry, head)
+                and (event := self._event(entry.record)) is not None
             ]
             if found:
-                self.learner.window.add(encode([event for _, event in found], self._settings))
-                self._window.extend(position for position, _ in found)
+                missing -= len(found)
+                positions = [position for position, _ in found]
+                pages.append((encode([event for _, event in found], self._settings), positions))
+        for examples, positions in reversed(pages):
+            self.learner.window.add(examples)
+            self._window.extend(positions)
 
     def _was_learned(self, entry: LogEntry, head: VersionRecord) -> bool:
         known = entry.record is not None and entry.record.feedback_class in self._settings.class_index
@@ -86,6 +87,7 @@ class LogLearner:
         self.head = head
         if self._gate is not None:
             self._gate.accept(changed)
+        self._skipped: list[LogRange] = []
         # Why the version in the making was held so far.
         self.objections: list[str] = []
         self.read_position = self._position = head.position
@@ -143,8 +145,8 @@ class LogLearner:
             committed_ms=committed_ms,
             window_position=oldest,
             set_aside=[
-                LogRange(part.after, part.until)
-                for part in self.head.set_aside
+                part
+                for part in (*_ranges(self.head), *self._skipped)
                 if position_key(part.until) > position_key(oldest)
             ],
             reason=describe(self.objections),
@@ -153,7 +155,6 @@ class LogLearner:
     def spoiled_lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that stands in place of what was spoiled: the content of `head`, behind the feedback."""
         head = self.head
-        ranges = [LogRange(part.after, part.until) for part in head.set_aside]
         return Lineage(
             position=self.read_position,
             feedback_learned=head.feedback_learned + self.consumed,
@@ -165,7 +166,7 @@ class LogLearner:
             window_position=head.window_position,
             kind=ROLLBACK,
             restored_version=head.version,
-            set_aside=[*ranges, LogRange(head.position, self.read_position)],
+            set_aside=[*_ranges(head), LogRange(head.position, self.read_position)],
             reason=describe(self.objections),
         )
 
@@ -185,19 +186,26 @@ class LogLearner:
         report = self.learner.step(examples)
         if self._gate is not None:
             self._gate.observe(examples, report)
-        self._window.extend(entry.position for entry, _ in self._pending)
+        positions = [entry.position for entry, _ in self._pending]
         self.accepted_ms.extend(entry.accepted_ms for entry, _ in self._pending)
         self._pending.clear()
         self.batches += 1
         if report.learned:
+            self._window.extend(positions)
             self._metrics.gradient_norm(report.gradient_norm)
             for name, value in report.losses.items():
                 self._metrics.loss(name, value)
         else:
+            # What spoils a step is not replayed either.
+            self._skipped.append(LogRange(self._position, positions[-1]))
             self._metrics.skipped("non_finite", len(events))
         self.quality.add_ranks("recsys", report.rank_B)
         self.quality.add_ranks("popularity", report.popularity_rank_B)
         self.quality.add_losses(report.item_loss_B, report.class_loss_B)
+
+
+def _ranges(head: VersionRecord) -> list[LogRange]:
+    return [LogRange(part.after, part.until) for part in head.set_aside]
 
 
 def _within(position: str, part: Range) -> bool:

@@ -139,8 +139,12 @@ class Prequential:
 
 
 def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:
-    """Return each item's rank, 1 the best; a tie counts against it only where the other item is older."""
+    """Return each item's rank, 1 the best; a tie counts against it only where the other item is older.
+
+    A score that is not finite is no rank: MISS.
+    """
     own_B1 = scores_BI.gather(1, item_B[:, None])
     ahead_B = (scores_BI > own_B1).sum(1)
     older_BI = torch.arange(scores_BI.shape[1], device=scores_BI.device) < item_B[:, None]
-    return 1 + ahead_B + ((scores_BI == own_B1) & older_BI).sum(1)
+    ranks_B = 1 + ahead_B + ((scores_BI == own_B1) & older_BI).sum(1)
+    return ranks_B.masked_fill(~torch.isfinite(own_B1[:, 0]), MISS)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from recsys.errors import CorruptWeights, FencedOff, StoreFull, StoreUnavailable
+from recsys.errors import CorruptWeights, FencedOff, SettingsError, StoreFull, StoreUnavailable
 from recsys.feedback_log import BEGINNING, FeedbackLog
 from recsys.settings import Settings
 from recsys.weights import Lineage, VersionRecord, WeightStore, encode
@@ -19,6 +19,7 @@ from trainer.metrics import TrainerMetrics
 # Between attempts while the store is away; doubled up to the longest.
 RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 2.0
+LEAST_SNAPSHOT_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Publisher:
         self._settings, self._store, self._log = settings, store, log
         self._metrics, self._stopping, self._clock = metrics, stopping, clock
         self.head = VersionRecord(position=BEGINNING)
+        self._snapshot_bytes = self._made_room_at = 0
 
     def take_over(self) -> None:
         """Fence off any other trainer."""
@@ -50,14 +52,23 @@ class Publisher:
 
         Raises:
             FencedOff: when another trainer has taken over.
-            CorruptWeights: when what the store holds is not whole or does not fit the settings.
+            SettingsError: when what the store holds was learned with settings that do not fit these.
+            CorruptWeights: when what the store holds is not whole.
         """
         self.head = VersionRecord(position=BEGINNING)
         self._since_snapshot = 0
         if (current := self._store.epoch()) != self._epoch:
             raise FencedOff(f"epoch {self._epoch} is not the current one: the store is at epoch {current}")
-        if self._store.head() is not None:
-            self._restore(learner)
+        if (head := self._store.head()) is not None:
+            try:
+                self._restore(learner)
+            except CorruptWeights as error:
+                if head.settings_digest != self._settings.learning_digest():
+                    raise SettingsError(
+                        f"the weights in the store were learned with other settings ({error}); use those again, or "
+                        "another key_prefix or data_dir"
+                    ) from error
+                raise
         # Also after a snapshot could not be written.
         self._snapshot_due = not self._store.snapshot_versions()
         self._items = len(learner.table)
@@ -97,10 +108,22 @@ class Publisher:
         bytes_ = self.head.bytes + self.head.trainer_bytes
         self._since_snapshot += bytes_
         self._metrics.version_committed(self.head.version, bytes_, self._clock() - started)
-        if self._snapshot_due or self._since_snapshot >= self._settings.snapshot_every_bytes:
+        # By default not more often than it is worth: a snapshot of a large table outweighs many deltas.
+        often = self._settings.snapshot_every_bytes or max(LEAST_SNAPSHOT_BYTES, self._snapshot_bytes)
+        if self._snapshot_due or self._since_snapshot >= often:
             self._snapshot_due = True
             self._snapshot(learner)
         return self.head
+
+    def make_room(self) -> None:
+        """Let go of the log behind the replay window of the last version, when the log is nearly full.
+
+        Earlier versions can then no longer be rebuilt from the log, which is better than to refuse feedback.
+        """
+        if self.head.version and self._made_room_at != self.head.version:
+            self._made_room_at = self.head.version
+            removed = self._log.trim(self.head.window_position)
+            _log.warning("the feedback log is nearly full: removed %d entries behind the replay window", removed)
 
     def _commit(self, payload: bytes, own_payload: bytes, lineage: Lineage) -> VersionRecord:
         """Commit, again and again while the store fails: a commit that stands already is recognised."""
@@ -129,7 +152,8 @@ class Publisher:
             _log.warning("no snapshot of version %d: %s", self.head.version, error)
             return
         self._snapshot_due, self._since_snapshot = False, 0
-        self._metrics.snapshot_written(len(payload) + len(own_payload), self._clock() - started)
+        self._snapshot_bytes = len(payload) + len(own_payload)
+        self._metrics.snapshot_written(self._snapshot_bytes, self._clock() - started)
 
 
 def now_ms() -> int:

@@ -94,6 +94,17 @@ def _tls(settings: Settings) -> dict[str, Any]:
     return {option: file.path for option, file in given.items() if file.path}
 
 
+# What a store answers while it starts, fails over, or keeps this client out. The library turns some of these replies
+# into classes of their own, without the word that they began with, and leaves others as they are.
+NOT_READY = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.NoPermissionError,
+)
+NOT_READY_TEXTS = ("NOREPLICAS", "BUSY")
+
+
 @contextmanager
 def store_errors() -> Iterator[None]:
     """Turn the library's errors into StoreUnavailable and StoreFull; the text never holds the URL's password."""
@@ -101,11 +112,13 @@ def store_errors() -> Iterator[None]:
         yield
     except redis.exceptions.OutOfMemoryError as error:
         raise StoreFull(f"the store is out of memory: {error}") from error
+    except NOT_READY as error:
+        raise StoreUnavailable(f"the store is not ready: {type(error).__name__}: {error}") from error
     except redis.exceptions.ResponseError as error:
         text = str(error)
-        if text.startswith(("OOM", "MISCONF")) or "OOM command" in text:
+        if text.startswith("MISCONF") or "OOM command" in text:
             raise StoreFull(f"the store refuses writes: {text}") from error
-        if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "BUSY", "CLUSTERDOWN", "TRYAGAIN")):
+        if text.startswith(NOT_READY_TEXTS):
             raise StoreUnavailable(f"the store is not ready: {text}") from error
         raise
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
