@@ -58,15 +58,6 @@ def check_item(item: Item, settings: Settings) -> Violation | None:
     return _check_categories("categories", item.categories, settings)
 
 
-def check_filter(categories: CategoryFilter, settings: Settings) -> Violation | None:
-    """Return the first thing wrong with a filter, or None."""
-    return (
-        _check_categories("any_of", sorted(categories.any_of), settings)
-        or _check_categories("all_of", sorted(categories.all_of), settings)
-        or _check_categories("none_of", sorted(categories.none_of), settings)
-    )
-
-
 def _check_categories(name: str, categories: Sequence[str], settings: Settings) -> Violation | None:
     if len(categories) > settings.max_categories:
         return Violation(name, f"has {len(categories)} categories; at most {settings.max_categories} are allowed")

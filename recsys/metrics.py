@@ -35,7 +35,7 @@ SOURCES = {
 }
 FIELDS = tuple(field.name for field in recommender_pb2.Feedback.DESCRIPTOR.fields)
 REJECTIONS = ("overloaded", "deadline_passed", "histories_unavailable", "not_ready")
-RELOADS = ("start", "gap", "corrupt", "unknown_parent")
+RELOADS = ("start", "corrupt")
 
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _BATCH_BUCKETS = tuple(float(2**i) for i in range(13))

@@ -55,11 +55,6 @@ class Histories:
         return self.rows_BL[:, -reach:].flip(1)
 
 
-def gap_bucket(seconds: float) -> int:
-    """Return the bucket of a time gap in seconds; negative gaps count as 0."""
-    return min(GAP_BUCKETS - 1, int(max(seconds, 0.0)).bit_length())
-
-
 class _Block(nn.Module):
     """One post-norm transformer block whose input stays a sum of parts that are never added up where avoidable."""
 

@@ -17,7 +17,6 @@ from recsys.catalog import (
     CatalogMirror,
     CategoryFilter,
     Item,
-    check_filter,
     check_item,
 )
 from recsys.errors import StoreFull, Violation
@@ -276,10 +275,3 @@ def test_items_are_checked(settings: Settings) -> None:
     assert check_item(Item("x", categories=("c", "")), settings) == Violation(
         "categories[1]", "is empty; give 1 to 256 bytes"
     )
-
-
-def test_filters_are_checked(settings: Settings) -> None:
-    assert check_filter(choose(any_of="a", all_of="b", none_of="c"), settings) is None
-    for part in ("any_of", "all_of", "none_of"):
-        many = CategoryFilter(**{part: frozenset(map(str, range(101)))})
-        assert check_filter(many, settings) == Violation(part, "has 101 categories; at most 100 are allowed")

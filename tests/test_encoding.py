@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from recsys.encoding import RowHistory, encode_contexts, encode_histories, row_history, to_histories, to_tensor
 from recsys.item_table import ItemTable
-from recsys.network import GAP_BUCKETS, gap_bucket
+from recsys.network import GAP_BUCKETS
 from recsys.settings import load
 from recsys.store.v1.log_pb2 import HistoryEntry
 from trainer.examples import Event, encode
@@ -37,7 +37,6 @@ def _gap(milliseconds: int) -> int:
 )
 def test_gap_buckets_at_their_boundaries(milliseconds: int, bucket: int) -> None:
     assert _gap(milliseconds) == bucket
-    assert gap_bucket(milliseconds / 1000) == bucket
 
 
 @given(st.integers(-(10**6), 10**13))

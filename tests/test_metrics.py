@@ -152,7 +152,7 @@ def test_server_values(registry: CollectorRegistry) -> None:
     metrics.queue_length(7)
     metrics.rejected("overloaded")
     metrics.version_applied(42, 1_700_000_000.25, 1_700_000_000.5, 9000)
-    metrics.weights_reloaded("gap")
+    metrics.weights_reloaded("corrupt")
     metrics.store_reachable(True)
     assert value(registry, "recsys_feedback_accepted_total") == 3
     assert value(registry, "recsys_feedback_duplicate_total") == 2
@@ -169,7 +169,7 @@ def test_server_values(registry: CollectorRegistry) -> None:
     assert value(registry, "recsys_served_version_committed_timestamp_seconds") == 1_700_000_000.25
     assert value(registry, "recsys_served_version_applied_timestamp_seconds") == 1_700_000_000.5
     assert value(registry, "recsys_items") == 9000
-    assert value(registry, "recsys_weights_reloads_total", reason="gap") == 1
+    assert value(registry, "recsys_weights_reloads_total", reason="corrupt") == 1
     assert value(registry, "recsys_store_reachable") == 1
     metrics.store_reachable(False)
     assert value(registry, "recsys_store_reachable") == 0

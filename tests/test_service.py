@@ -100,6 +100,7 @@ def test_candidates_are_scored_in_the_order_asked_for(running: Running) -> None:
         ({"user_id": ""}, "user_id", "is empty; give 1 to 256 bytes"),
         ({"user_id": "é" * 129}, "user_id", "has 258 bytes; at most 256 are allowed"),
         ({"count": 1001}, "count", "is 1001; at most 1000 is allowed"),
+        ({"count": 0}, "count", "is 0; give 1 to 1000, or leave it out for the default"),
         ({"exclude_item_ids": ["a"] * 10_001}, "exclude_item_ids", "has 10001 entries; at most 10000 are allowed"),
         ({"exclude_item_ids": ["a", ""]}, "exclude_item_ids[1]", "is empty; give 1 to 256 bytes"),
         ({"filter": {"any_of": ["c"] * 101}}, "filter.any_of", "has 101 entries; at most 100 are allowed"),

@@ -124,7 +124,7 @@ class Recommender(RecommenderServiceServicer):
         validation.recommend_request(request, self._settings)
         query = Query(
             history=(),
-            count=request.count or DEFAULT_COUNT,
+            count=request.count if request.HasField("count") else DEFAULT_COUNT,
             exclude=frozenset(request.exclude_item_ids),
             allow_seen=request.allow_seen,
             filter=validation.category_filter(request),

@@ -27,7 +27,7 @@ def recommend_request(request: recommender_pb2.RecommendRequest, settings: Setti
     _refuse(
         [
             check_id("user_id", request.user_id, settings.max_id_bytes),
-            _at_most("count", request.count, settings.max_recommend_count),
+            _count(request, settings.max_recommend_count),
             *_id_list("exclude_item_ids", request.exclude_item_ids, settings.max_excluded, settings, empty=True),
             *_id_list("filter.any_of", filter_.any_of, settings.max_categories, settings, empty=True),
             *_id_list("filter.all_of", filter_.all_of, settings.max_categories, settings, empty=True),
@@ -150,6 +150,12 @@ def _refuse(faults: Iterable[Violation | None]) -> None:
 
 def _version(version: int) -> Violation | None:
     return Violation("version", f"is {version}; versions count from 1") if version < 1 else None
+
+
+def _count(request: recommender_pb2.RecommendRequest, limit: int) -> Violation | None:
+    if request.HasField("count") and request.count == 0:
+        return Violation("count", f"is 0; give 1 to {limit}, or leave it out for the default")
+    return _at_most("count", request.count, limit)
 
 
 def _at_most(field: str, value: int, limit: int, unit: str = "") -> Violation | None:

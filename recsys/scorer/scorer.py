@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from recsys.encoding import encode_contexts, encode_histories, row_history, to_h
 from recsys.errors import NotReady
 from recsys.item_table import PADDING_ROW, TRANSITION_REACH, Transitions
 from recsys.network import RecommendationNetwork
+from recsys.scorer.query import Answer, Query, ScoredItem, Status
 from recsys.settings import Settings
-from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.v1.recommender_pb2 import SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING
 from recsys.weights.payload import WeightPayload
@@ -34,53 +34,6 @@ HIDDEN = -1e9
 WARM_UP_SIZES = (1, 8, 32)
 # Filters whose masks are kept.
 MASKS_KEPT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """Ask for the best `count` items, or for the scores of `candidates` when they are given."""
-
-    # Everything kept of the user's history, oldest first.
-    history: Sequence[HistoryEntry]
-    count: int = 10
-    exclude: frozenset[str] = frozenset()
-    allow_seen: bool = False
-    filter: CategoryFilter | None = None
-    context: Mapping[str, str] = field(default_factory=dict)
-    candidates: Sequence[str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredItem:
-    """One item of an answer; `source` is a value of recsys.v1.Source."""
-
-    item_id: str
-    score: float
-    source: int
-    # The history item that this item often follows, where source is SOURCE_TRANSITION.
-    because: str | None = None
-    known: bool = True
-    # By class name; filled for candidates only.
-    class_probabilities: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Items best first (candidates: in the order asked), all computed from one `version`."""
-
-    version: int
-    items: Sequence[ScoredItem]
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What is being served; all zero before the first version."""
-
-    version: int = 0
-    committed_ms: int = 0
-    applied_ms: int = 0
-    items: int = 0
-    feedback_learned: int = 0
 
 
 @dataclass(frozen=True, slots=True)

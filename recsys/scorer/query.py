@@ -1,0 +1,56 @@
+"""Queries and answers of the scorer, and what is told of the version that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from recsys.catalog import CategoryFilter
+from recsys.store.v1.log_pb2 import HistoryEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Ask for the best `count` items, or for the scores of `candidates` when they are given."""
+
+    # Everything kept of the user's history, oldest first.
+    history: Sequence[HistoryEntry]
+    count: int = 10
+    exclude: frozenset[str] = frozenset()
+    allow_seen: bool = False
+    filter: CategoryFilter | None = None
+    context: Mapping[str, str] = field(default_factory=dict)
+    candidates: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredItem:
+    """One item of an answer; `source` is a value of recsys.v1.Source."""
+
+    item_id: str
+    score: float
+    source: int
+    # The history item that this item often follows, where source is SOURCE_TRANSITION.
+    because: str | None = None
+    known: bool = True
+    # By class name; filled for candidates only.
+    class_probabilities: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Items best first (candidates: in the order asked), all computed from one `version`."""
+
+    version: int
+    items: Sequence[ScoredItem]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is being served; all zero before the first version."""
+
+    version: int = 0
+    committed_ms: int = 0
+    applied_ms: int = 0
+    items: int = 0
+    feedback_learned: int = 0
