@@ -24,6 +24,8 @@ test: .venv/.installed  ## every test
 	$(BIN)/python -m pytest
 
 test-cuda: .venv/.installed  ## the learner's and scorer's tests on a GPU
+	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
+		echo "*** torch finds NO CUDA DEVICE here: every test below is skipped, NOTHING is tested on a GPU ***" >&2
 	RECSYS_TEST_CUDA=1 $(BIN)/python -m pytest -m cuda
 
 lint: .venv/.installed  ## ruff: style and format

@@ -70,14 +70,14 @@ class Learner:
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 1, 0]))
         _seed(int(random.integers(1 << 62)), self.device)
         self.steps += 1
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         trend_IS = self.table.log_trend()
         report, mix_loss = self._prequential.test(examples, seen, trend_IS)
         replayed = self.window.draw(self.settings.replay_size, random)
         rows_U, vectors_UD, item_loss, class_loss = self._loss(join([examples, replayed]), trend_IS, random)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
         loss = item_loss + CLASS_LOSS_WEIGHT * class_loss
-        torch.autograd.backward(loss + mix_loss)
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self._dense, self.settings.gradient_clip)
         gradient_UD = vectors_UD.grad
         assert gradient_UD is not None

@@ -55,6 +55,8 @@ class Prequential:
     def test(self, examples: Examples, seen: list[Rows] | None, trend_IS: Tensor) -> tuple[StepReport, Tensor]:
         """Rank every item for each positive example, classify all; return what was found and the mixing loss.
 
+        Where gradients are on, that loss's gradient is added to the mixing weights' right away, part by part, so that
+        memory does not grow with the number of items.
         `seen` gives per example the rows left out of the ranking; by default those of its history.
         """
         count, device = len(examples), self._table.device
@@ -80,8 +82,12 @@ class Prequential:
             index = to_tensor(part, device)
             item_B = to_tensor(examples.item_B[part], device)
             hidden_BI = self._hidden(histories.take(index), item_B, seen and [seen[i] for i in part])
-            loss = loss + self._rank(part, histories.take(index), states_BD[index], item_B, hidden_BI, trend_IS, report)
-        return report, loss / max(1, len(chosen))
+            sum_ = self._rank(part, histories.take(index), states_BD[index], item_B, hidden_BI, trend_IS, report)
+            mean = sum_ / len(chosen)
+            if mean.requires_grad:
+                torch.autograd.backward(mean)
+            loss = loss + mean.detach()
+        return report, loss
 
     def _known(self, item_B: Rows) -> npt.NDArray[np.bool_]:
         total_B = self._table.columns["total"][to_tensor(item_B, self._table.device)]

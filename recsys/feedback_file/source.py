@@ -180,4 +180,5 @@ def open_source(path: Path) -> Source:
 
 
 def decoded(column: Any) -> Any:
+    """Return a column as plain values where the file keeps it as indices into a dictionary."""
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
