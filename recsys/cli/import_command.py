@@ -28,8 +28,9 @@ BATCH = 500
 # A server that cannot take feedback now, such as one whose log is full, is asked again for so long.
 PATIENCE_SECONDS = 120.0
 PAUSE_SECONDS = 1.0
-# Of bad and of refused rows this many are listed; all are counted.
+# Of bad and of refused rows this many are listed for people, and in the JSON object; all are counted.
 LISTED = 20
+REPORTED = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Summary:
             self.refused += 1
         else:
             self.bad += 1
-        if len(rows) < LISTED:
+        if len(rows) < REPORTED:
             rows.append(Row(line, reason))
 
 
@@ -189,8 +190,8 @@ def _print(summary: Summary, *, dry_run: bool) -> None:
         ("refused by the server", summary.refused, summary.refused_rows),
     ):
         if rows:
-            shown: dict[str, Any] = {f"line {row.line}": row.reason for row in rows}
-            more = {"...": f"and {count - len(rows):,} more"} if count > len(rows) else {}
+            shown: dict[str, Any] = {f"line {row.line}": row.reason for row in rows[:LISTED]}
+            more = {"...": f"and {count - LISTED:,} more; --json lists them"} if count > LISTED else {}
             out.print(facts(shown | more, title))
     counts = {name: getattr(summary, name) for name in ("imported", "duplicates", "refused", "bad", "items")}
     if dry_run:
