@@ -22,7 +22,7 @@ from recsys.errors import RecsysError
 from recsys.settings import ENVIRONMENT_PREFIX, Settings
 
 # Keep freed pages instead of giving them back to the kernel: a third of a learning step went into page faults on fresh
-# ones (60 ms a step without, 41 ms with).
+# ones (61 ms a step without, 41 ms with, before the step itself became leaner; see benchmarks/RESULTS.md).
 KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
