@@ -180,3 +180,29 @@ def test_setting_aside_twice_changes_nothing(settings: Settings, store: redis.Re
         quarantine.set_aside(positions[0], positions[3], "because", 7)
     (case,) = quarantine.cases()
     assert (case.feedback, case.reason, case.time_ms) == (3, "because", 7)
+
+
+def test_what_a_crash_kept_out_of_quarantine_gets_there_at_the_next_start(
+    settings: Settings, store: redis.Redis
+) -> None:
+    base = small(settings).model_copy(update={"gate_holds": 1})
+    daemon = Daemon(base, TrainerMetrics(CollectorRegistry()), CPU, clock=lambda: 0.0)
+    daemon.start()
+    append(base, make_feedback(6))
+    tick(base)
+    daemon.step()
+    append(base, make_feedback(3, 1, first=6))
+    _worse(daemon)
+    tick(base)
+    daemon.step()
+    daemon.close()
+    quarantine = Quarantine(store, base)
+    (case,) = quarantine.cases()
+    # As if the trainer had been killed between its commit and the copy.
+    store.delete(*store.scan_iter(f"{base.key_prefix}:*quarantine*"))
+    assert quarantine.cases() == []
+    for _ in range(2):
+        again = Daemon(base, TrainerMetrics(CollectorRegistry()), CPU, clock=lambda: 0.0)
+        again.start()
+        again.close()
+        assert quarantine.cases() == [case]

@@ -22,6 +22,7 @@ from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.weights import VersionRecord, WeightStore
+from recsys.weights.earlier import ROLLBACK
 from trainer.learner import Learner
 from trainer.log_learner import LogLearner, Outcome
 from trainer.metrics import TrainerMetrics
@@ -83,6 +84,7 @@ class Daemon:
         else:
             self._learning.fill_window(self.log, head)
             self._begin(head)
+            self._keep_aside(head)
         return self._learning.head
 
     def close(self) -> None:
@@ -175,11 +177,20 @@ class Daemon:
         _log.error("feedback from %s to %s is set aside: %s", after, lineage.position, lineage.reason)
         self._metrics.held(1)
         self._metrics.set_aside(self._learning.consumed)
-        # First, so that whatever is set aside can be found: repeated after a crash it changes nothing.
-        self._quarantine.set_aside(after, lineage.position, lineage.reason, lineage.committed_ms)
         self._resume()
         changed = self.learner.take_changed()
-        self._begin(self._publisher.publish(self.learner, changed, lineage))
+        head = self._publisher.publish(self.learner, changed, lineage)
+        self._begin(head)
+        self._keep_aside(head)
+
+    def _keep_aside(self, head: VersionRecord) -> None:
+        """Put into quarantine what a committed version left out; repeated after a crash it changes nothing.
+
+        Only behind the commit: what is in quarantine can be released, so it must not be learned as well.
+        """
+        if head.kind == ROLLBACK and head.set_aside:
+            part = head.set_aside[-1]
+            self._quarantine.set_aside(part.after, part.until, head.reason, head.committed_ms)
 
     def _maybe_tick(self) -> None:
         """Append a tick when the feedback that waits has waited long enough and nothing more is to be read."""
