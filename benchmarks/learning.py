@@ -18,7 +18,7 @@ from recsys.device import choose
 from recsys.feedback_file import open_feedback_file
 from recsys.settings import load
 from trainer import learner as learner_module
-from trainer.evaluation import Evaluation
+from trainer.evaluation import RECSYS, Evaluation
 
 
 def timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,11 +46,12 @@ def main() -> None:
     torch.set_num_threads(1)
     file = open_feedback_file(arguments.data)
     settings = load({"classes": file.classes, "device": arguments.device}, environment={})
-    evaluation = Evaluation(file, settings, choose(settings.device))
-    learner, seconds = evaluation._learner, dict[str, float]()
+    evaluation = Evaluation(file, settings, choose(settings.device), [RECSYS])
+    learner, seconds = evaluation.learner, dict[str, float]()
+    assert learner is not None
     for name, part in (("_loss", "forward"), ("_apply", "apply"), ("_count", "count"), ("step", "step")):
         setattr(learner, name, timed(seconds, part, getattr(learner, name)))
-    learner._prequential.test = timed(seconds, "test", learner._prequential.test)  # type: ignore[method-assign]
+    learner.prequential.test = timed(seconds, "test", learner.prequential.test)  # type: ignore[method-assign]
     backward = learner_module.torch.autograd.backward
     learner_module.torch.autograd.backward = timed(seconds, "backward", backward)  # type: ignore[assignment]
     evaluation.run(arguments.events)

@@ -2,9 +2,10 @@
 
 A few contents of the weights are made up, different in every tensor, and what each answers is computed beforehand.
 Versions with these contents in turn are committed to a real store while threads ask a scorer in this process, and
-clients a server process over gRPC. An answer that is not the one of the version it names is torn; a version lower than
-the one before on the same connection goes backwards. First the check itself is tried: mixtures of two contents, tensor
-by tensor, must not pass. Prints one JSON object; exit code 1 if anything is torn or goes backwards.
+clients one or several server processes over gRPC; several share one copy of the weights. An answer that is not the one
+of the version it names is torn; a version lower than the one before on the same connection goes backwards. First the
+check itself is tried: mixtures of two contents, tensor by tensor, must not pass. Prints one JSON object; exit code 1 if
+anything is torn or goes backwards.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import random
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,13 +26,14 @@ from pathlib import Path
 
 import torch
 from faults import SMALL, free_port
-from killable import Store, Template
+from killable import Store
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from recsys import Client, Feedback
 from recsys.catalog import Catalog, CatalogMirror
+from recsys.cli.system import environment_of
 from recsys.errors import RecsysError
 from recsys.feedback_log import FeedbackLog
 from recsys.follower import Follower
@@ -49,8 +52,7 @@ CPU = torch.device("cpu")
 CONTENTS = 7
 ITEMS = [f"item-{number}" for number in range(24)]
 USERS, HISTORY, CONTEXT = 6, 5, {"page": "home"}
-IN_PROCESS_THREADS, CONNECTIONS = 2, 3
-OVER_GRPC = 0.1
+IN_PROCESS_THREADS, CONNECTIONS = 2, 6
 SNAPSHOT_EVERY = 500
 # The publisher waits for the scorer when it is this far ahead: what nobody serves tears nothing.
 FARTHEST_AHEAD = 32
@@ -58,7 +60,8 @@ LARGEST_CLOCK = 10_000
 # Scores over gRPC come from batches of any size, whose sums are rounded differently; contents differ by far more.
 TOLERANCE = 1e-3
 CALL_SECONDS = 10.0
-START_SECONDS = 60.0
+# Far longer than it takes on a machine with nothing else to do.
+START_SECONDS = 300.0
 PAUSE_SECONDS, PROGRESS_SECONDS = 0.001, 0.2
 DAY_MS = 86_400_000
 
@@ -93,7 +96,7 @@ def content(settings: Settings, seed: int) -> WeightPayload:
     table.clock = LARGEST_CLOCK + seed
     for name, column in table.columns.items():
         used = column[: table.rows]
-        if name in ("successor", "touched"):
+        if name in ("successor", "touched", "first"):
             highest = table.rows if name == "successor" else LARGEST_CLOCK
             used.copy_(torch.randint(highest, used.shape, generator=generator))
         else:
@@ -101,6 +104,8 @@ def content(settings: Settings, seed: int) -> WeightPayload:
     for tensor in replica.network.state_dict().values():
         if tensor.dtype.is_floating_point:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    # A count is not negative.
+    replica.network.class_counts.abs_()
     return replica.write_all()
 
 
@@ -220,8 +225,8 @@ class Whole:
         self.in_process = [Count() for _ in range(IN_PROCESS_THREADS)]
         self.over_grpc = [Count() for _ in range(CONNECTIONS)]
 
-    def run(self, answers: int, progress: Callable[[int], None]) -> int:
-        """Ask until `answers` are checked; return how many versions were published."""
+    def run(self, answers: int, over_grpc: int, progress: Callable[[int], None]) -> int:
+        """Ask until `answers` are checked, `over_grpc` of them over gRPC; return how many versions were published."""
         with connect(self._settings) as client:
             log = FeedbackLog(client, self._settings)
             for user_id, history in self._users.items():
@@ -235,7 +240,7 @@ class Whole:
             ]
             for thread in threads:
                 thread.start()
-            while not self._enough(answers) and all(thread.is_alive() for thread in threads):
+            while not self._enough(answers, over_grpc) and all(thread.is_alive() for thread in threads):
                 time.sleep(PROGRESS_SECONDS)
                 progress(min(answers, sum(each.answers for each in (*self.in_process, *self.over_grpc))))
             self._over.set()
@@ -243,13 +248,13 @@ class Whole:
                 thread.join()
             publisher.over.set()
             publisher.join()
-        if not self._enough(answers):
+        if not self._enough(answers, over_grpc):
             raise SystemExit("a thread ended too soon")
         return publisher.last
 
-    def _enough(self, answers: int) -> bool:
-        over_grpc = sum(each.answers for each in self.over_grpc)
-        return over_grpc >= OVER_GRPC * answers and over_grpc + sum(c.answers for c in self.in_process) >= answers
+    def _enough(self, answers: int, over_grpc: int) -> bool:
+        called = sum(each.answers for each in self.over_grpc)
+        return called >= over_grpc and called + sum(each.answers for each in self.in_process) >= answers
 
     def _ask(self, scorer: Scorer, counted: Count) -> None:
         """Ask the scorer of this process; batches are those that `expected` comes from, and must be equal to it."""
@@ -284,22 +289,36 @@ class Whole:
                 counted.note(answer.version, close(given, self._expected[answer.version % CONTENTS][number]))
 
 
-def measure(answers: int, directory: Path, progress: Callable[[int], None]) -> dict[str, object]:
-    """Check `answers` answers."""
+@contextmanager
+def serving(settings: Settings) -> Iterator[None]:
+    """Run a server of one or several processes."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "recsys", "serve"], env=environment_of(settings), stdout=subprocess.DEVNULL
+    ) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+def measure(arguments: argparse.Namespace, directory: Path, progress: Callable[[int], None]) -> dict[str, object]:
+    """Check `arguments.answers` answers."""
     torch.set_num_threads(1)
     # As in a server.
     sys.setswitchinterval(SWITCH_SECONDS)
-    with Store(directory) as store, Template(directory / "server.log") as template:
-        settings = load({"redis_url": store.url, "port": free_port(), **SMALL}, environment={})
+    with Store(directory) as store:
+        made_up = {"redis_url": store.url, "port": free_port(), "metrics_port": 0, **SMALL}
+        settings = load(made_up | {"server_processes": arguments.processes}, environment={})
         with connect(settings) as client:
             # Nothing here depends on what a crash leaves.
             client.config_set("appendfsync", "no")
         started = time.monotonic()
         whole = Whole(settings)
-        template.start("server", settings)
-        published = whole.run(answers, progress)
+        with serving(settings):
+            published = whole.run(arguments.answers, arguments.over_grpc, progress)
     counts = [*whole.in_process, *whole.over_grpc]
     return {
+        "processes": arguments.processes,
         "answers": sum(each.answers for each in counts),
         "over_grpc": sum(each.answers for each in whole.over_grpc),
         "torn": sum(each.torn for each in counts),
@@ -315,12 +334,14 @@ def main() -> int:
     """Parse the command line, run, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, default=100_000)
+    parser.add_argument("--over-grpc", type=int, default=10_000, help="answers over gRPC, at least")
+    parser.add_argument("--processes", type=int, default=1, help="server processes")
     parser.add_argument("--json", action="store_true", help="print the result on one line")
     arguments = parser.parse_args()
     columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar, tempfile.TemporaryDirectory() as directory:
         task = bar.add_task("answers", total=arguments.answers)
-        found = measure(arguments.answers, Path(directory), lambda done: bar.update(task, completed=done))
+        found = measure(arguments, Path(directory), lambda done: bar.update(task, completed=done))
     print(json.dumps(found, indent=None if arguments.json else 2))
     return 1 if found["torn"] or found["backwards"] or found["unseen_tensors"] else 0
 

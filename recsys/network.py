@@ -1,7 +1,7 @@
 """RecommendationNetwork: history -> user state -> scores over items; (state, item, context) -> feedback class.
 
 Nothing but arithmetic. Shapes: B batch, L history length (oldest first, right-aligned), D dimension, H heads,
-I items, S trend speeds, C feedback classes, P context pairs, F mixing features.
+I items, S standings, C feedback classes, P context pairs, F mixing features.
 """
 
 from __future__ import annotations
@@ -16,19 +16,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.item_table import PADDING_ROW, TREND_DECAYS, Transitions
+from recsys.item_table import PADDING_ROW, STANDINGS, TREND_DECAYS, Transitions
 from recsys.settings import Settings
 
 # Time between a history entry and now, in powers of two of a second: bucket 0 is under a second, 31 is over 34 years.
 GAP_BUCKETS = 32
 # What the mixing weights may depend on: a constant, log history length, no history, log time since the last entry.
 MIXING_CONTEXT = 4
-# Parts of the score: the network, the trend at each speed, the transition memory.
-TRENDS = len(TREND_DECAYS)
-PARTS = 1 + TRENDS + 1
+# Parts of the score: the network, the standing of the item, the two looks into the transition memory.
+LIFTS = 2
+PARTS = 1 + STANDINGS + LIFTS
+# Weights of the parts before anything is learned: network, trends at each speed in equal shares, transitions.
+INITIAL_NETWORK, INITIAL_TREND, INITIAL_LIFT = 0.5, 0.2, 0.7
 # Transition weights are compared on a log scale from here up; below, an item counts as never following.
-TRANSITION_FLOOR = 0.01
+TRANSITION_FLOOR = 0.1
 CONTEXT_WIDTH = 16
+# What is known of the class by counting: rates among all, of the item, of the user.
+RATES, USER_RATES = 3, 2
+# The rates of few feedback are drawn to those among all as if there were so many more.
+RATE_PRIOR = 5.0
+# The rates among all forget half after 69,000 feedback.
+CLASS_DECAY = 0.99999
 # Keeps the logarithm of an expected worth finite.
 WORTH_FLOOR = 1e-6
 
@@ -168,7 +176,9 @@ class RecommendationNetwork(nn.Module):
         classes: int,
         context_buckets: int,
         dropout: float,
+        histories_tell: bool = True,
     ) -> None:
+        """Make a network; `histories_tell` says whether histories hold feedback of every class."""
         super().__init__()
         self.position = nn.Parameter(torch.zeros(history_length, dimension))
         self.entry_class = nn.Embedding(classes + 1, dimension)
@@ -178,17 +188,36 @@ class RecommendationNetwork(nn.Module):
         self.mix = nn.Linear(MIXING_CONTEXT, PARTS)
         self.context = nn.Embedding(context_buckets, CONTEXT_WIDTH)
         self.rank = nn.Sequential(
-            nn.Linear(3 * dimension + CONTEXT_WIDTH + TRENDS, 128),
+            nn.Linear(3 * dimension + CONTEXT_WIDTH + STANDINGS + RATES * classes + 2, 128),
             nn.ReLU(),
             nn.Linear(128, 64),
             nn.ReLU(),
             nn.Linear(64, classes),
         )
+        # What is known by counting comes first: until it has learned, the head says no more than that.
+        last = cast("nn.Linear", self.rank[-1])
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.rates = nn.Linear(RATES * classes + 2, classes)
+        nn.init.zeros_(self.rates.weight)
+        nn.init.zeros_(self.rates.bias)
+        with torch.no_grad():
+            for part in range(RATES):
+                self.rates.weight[:, part * classes : (part + 1) * classes] = torch.eye(classes) * (
+                    part != USER_RATES or histories_tell
+                )
+        # Of each class, of late.
+        self.class_counts: Tensor
+        self.register_buffer("class_counts", torch.zeros(classes))
         for embedding in (self.entry_class, self.gap, self.context):
             nn.init.normal_(embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.02)
         nn.init.zeros_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)
+        with torch.no_grad():
+            self.mix.bias[0] = INITIAL_NETWORK
+            self.mix.bias[1 : 1 + len(TREND_DECAYS)] = INITIAL_TREND
+            self.mix.bias[-LIFTS] = INITIAL_LIFT
 
     def states(self, vectors_BLD: Tensor, last_BD: Tensor, histories: Histories) -> Tensor:
         """Compute user states (B, D) from histories and the item vectors of their entries.
@@ -224,45 +253,79 @@ class RecommendationNetwork(nn.Module):
         return blocks[-1].last(last_BD, parts, filled_BL)
 
     def mixing_weights(self, histories: Histories) -> Tensor:
-        """Compute the weight of each part of the score, above 0, from what is known of the history: (B, PARTS)."""
+        """Compute the weight of each part of the score from what is known of the history: (B, PARTS)."""
         lengths_B = (histories.rows_BL != PADDING_ROW).sum(1)
         empty_B = lengths_B == 0
         gap_B = histories.gaps_BL[:, -1].masked_fill(empty_B, 0) / GAP_BUCKETS
         context_BF = torch.stack(
             [torch.ones_like(gap_B), torch.log1p(lengths_B.to(gap_B.dtype)) / 4, empty_B.to(gap_B.dtype), gap_B], 1
         )
-        weights_BP = F.softplus(self.mix(context_BF))
+        weights_BP: Tensor = self.mix(context_BF)
         # Without a history the network and the transition memory have nothing to say.
         silent_BP = torch.zeros_like(weights_BP, dtype=torch.bool)
-        silent_BP[:, 0] = silent_BP[:, -1] = empty_B
+        silent_BP[:, 0] = empty_B
+        silent_BP[:, -LIFTS:] = empty_B[:, None]
         return weights_BP.masked_fill(silent_BP, 0.0)
 
-    def lift(self, transitions: Transitions, rows: int) -> Tensor:
-        """Put transition weights on a log scale, log(1 + weight / floor), for every row of the table: (B, I)."""
-        return transitions.lift(rows, TRANSITION_FLOOR)
+    def lifts(self, transitions: Transitions, rows: int) -> tuple[Tensor, Tensor]:
+        """Put transition weights on a log scale, log(1 + weight / floor), for every row of the table: (B, I) each."""
+        return transitions.lifts(rows, TRANSITION_FLOOR)
 
     def scores(
-        self, weights_BP: Tensor, states_BD: Tensor, vectors_ID: Tensor, trend_IS: Tensor, lift_BI: Tensor
+        self,
+        weights_BP: Tensor,
+        states_BD: Tensor,
+        vectors_ID: Tensor,
+        standing_IS: Tensor,
+        lifts_BI: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Score every item for every user: (B, I), log scale up to a constant per user.
 
-        weights x (state . vector, log trend at each speed, lift by the transition memory).
+        weights x (state . vector, standing of the item, lifts by the transition memory).
         """
-        users_BN = torch.cat([weights_BP[:, :1] * states_BD, weights_BP[:, 1:-1]], 1)
-        dense_BI = users_BN @ torch.cat([vectors_ID, trend_IS], 1).T
-        return torch.addcmul(dense_BI, weights_BP[:, -1:], lift_BI)
+        users_BN = torch.cat([weights_BP[:, :1] * states_BD, weights_BP[:, 1:-LIFTS]], 1)
+        dense_BI = users_BN @ torch.cat([vectors_ID, standing_IS], 1).T
+        for weight_B, lift_BI in zip(weights_BP[:, -LIFTS:].unbind(1), lifts_BI, strict=True):
+            dense_BI = torch.addcmul(dense_BI, weight_B[:, None], lift_BI)
+        return dense_BI
 
     def log_worth(self, class_logits: Tensor, worth_C: Tensor) -> Tensor:
         """Return the log of the expected worth of feedback whose classes have these logits: (...)."""
         return torch.log(class_logits.softmax(-1) @ worth_C + WORTH_FLOOR)
 
-    def class_logits(self, states: Tensor, vectors: Tensor, trend: Tensor, context: Tensor) -> Tensor:
+    def class_logits(self, states: Tensor, vectors: Tensor, standing: Tensor, context: Tensor, rates: Tensor) -> Tensor:
         """Compute logits over feedback classes (..., C) for pairs of a state and an item.
 
-        Leading axes must be equal: states and vectors (..., D), trend (..., S), context (..., CONTEXT_WIDTH).
+        Leading axes must be equal: states and vectors (..., D), standing (..., S), context (..., CONTEXT_WIDTH), rates
+        as `class_rates` has them.
         """
-        logits: Tensor = self.rank(torch.cat([states, vectors, states * vectors, trend, context], -1))
-        return logits
+        logits: Tensor = self.rank(torch.cat([states, vectors, states * vectors, standing, context, rates], -1))
+        known: Tensor = self.rates(rates)
+        return logits + known
+
+    def user_counts(self, histories: Histories) -> Tensor:
+        """Count the classes in each history: (B, C)."""
+        return F.one_hot(histories.classes_BL, len(self.class_counts) + 1)[:, :, 1:].sum(1).to(torch.float32)
+
+    def class_rates(self, user_counts: Tensor, item_counts: Tensor) -> Tensor:
+        """Compare how often the user and the item had each class with how often it comes: (..., 3 C + 2).
+
+        Logarithms of the rates among all, of the item's and of the user's above them, and of how many there are. Their
+        sum is what naive Bayes predicts, where the head begins.
+        """
+        among_all_C = (self.class_counts + 1) / (self.class_counts + 1).sum()
+        parts = [among_all_C.log().expand_as(item_counts)]
+        sizes = []
+        for counts in (item_counts, user_counts):
+            size = counts.sum(-1, keepdim=True)
+            parts.append(torch.log((counts / among_all_C + RATE_PRIOR) / (size + RATE_PRIOR)))
+            sizes.append(torch.log1p(size) / 4)
+        return torch.cat([*parts, *sizes], -1)
+
+    def count_classes(self, class_B: Tensor) -> None:
+        """Count the classes of a batch of feedback."""
+        counts_C = torch.bincount(class_B, minlength=len(self.class_counts))
+        self.class_counts.mul_(CLASS_DECAY ** len(class_B)).add_(counts_C)
 
     def context_vectors(self, buckets_BP: Tensor) -> Tensor:
         """Sum the embeddings of context buckets; -1 is an empty place: (B, CONTEXT_WIDTH)."""
@@ -283,4 +346,5 @@ def build_network(settings: Settings) -> RecommendationNetwork:
             classes=len(settings.classes),
             context_buckets=settings.context_buckets,
             dropout=settings.dropout,
+            histories_tell=all(c.history for c in settings.classes),
         )

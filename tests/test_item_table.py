@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -14,8 +14,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recsys.item_table import (
+    AGE_SCALE,
     MINIMUM_CAPACITY,
-    TRANSITION_PRIOR,
+    NEXT_POWER,
+    STANDINGS,
+    TOTAL_SCALE,
+    TRANSITION_BACK,
+    TRANSITION_DECAY,
     TRANSITION_REACH,
     TREND_DECAYS,
     TREND_FLOOR,
@@ -25,8 +30,13 @@ from recsys.item_table import (
 )
 
 ITEMS = 7
-# (user, item) in the order of choice.
-choices = st.lists(st.tuples(st.integers(0, 2), st.integers(1, ITEMS)), min_size=1, max_size=40)
+USERS = 3
+FLOOR = 0.01
+# (user, item, positive) in order; what is positive enters the user's history.
+choices = st.lists(
+    st.tuples(st.integers(0, USERS - 1), st.integers(1, ITEMS), st.integers(0, 3).map(bool)), min_size=1, max_size=40
+)
+sizes = st.integers(1, 12)
 
 
 def _table(items: int = ITEMS, successors: int = 16, dimension: int = 4, seed: int = 1) -> ItemTable:
@@ -40,8 +50,12 @@ def _padded(histories: Sequence[Sequence[int]], reach: int = TRANSITION_REACH) -
     return torch.tensor([[*h[:reach], *[0] * (reach - len(h[:reach]))] for h in histories], dtype=torch.int64)
 
 
-def _count(table: ItemTable, histories: Sequence[Sequence[int]], items: Sequence[int]) -> list[int]:
-    return table.count(_padded(histories), torch.tensor(items)).tolist()
+def _count(
+    table: ItemTable, histories: Sequence[Sequence[int]], items: Sequence[int], positive: Sequence[bool] = ()
+) -> list[int]:
+    """Count a batch, all of it positive unless said otherwise; what is positive is of class 1."""
+    positive_B = torch.tensor(positive or [True] * len(items))
+    return table.count(_padded(histories), torch.tensor(items), positive_B, positive_B.long()).tolist()
 
 
 def _successors(table: ItemTable, row: int) -> dict[int, float]:
@@ -51,27 +65,51 @@ def _successors(table: ItemTable, row: int) -> dict[int, float]:
     return dict(found)
 
 
-class _Cooccurrence:
-    """Sequential co-occurrence in dictionaries: C[a, b] sums 1/distance, n counts choices."""
+Feedback = tuple[list[int], int, bool]
+
+
+def _batches(made: Sequence[tuple[int, int, bool]], size: int) -> Iterator[list[Feedback]]:
+    """Give each choice with its user's history at the time, latest first, in batches."""
+    histories: list[list[int]] = [[] for _ in range(USERS)]
+    feedback = []
+    for user, item, positive in made:
+        feedback.append((list(histories[user]), item, positive))
+        if positive:
+            histories[user].insert(0, item)
+    for start in range(0, len(feedback), size):
+        yield feedback[start : start + size]
+
+
+def _count_batch(table: ItemTable, batch: Sequence[Feedback]) -> list[int]:
+    histories, items, positive = zip(*batch, strict=True)
+    return _count(table, histories, items, positive)
+
+
+class _Memory:
+    """What followed what, in a dictionary: C[a, b] sums 1/sqrt(distance), fading whenever something follows a."""
 
     def __init__(self) -> None:
         self.pairs: defaultdict[tuple[int, int], float] = defaultdict(float)
-        self.chosen: Counter[int] = Counter()
 
-    def add(self, history: Sequence[int], item: int) -> None:
-        for distance, before in enumerate(history[:TRANSITION_REACH], 1):
-            if before != item:
-                self.pairs[before, item] += 1 / distance
-        self.chosen[item] += 1
+    def add(self, batch: Sequence[Feedback]) -> None:
+        """Add a batch: all that was known fades first."""
+        found = [
+            (before, item, 1 / math.sqrt(distance))
+            for history, item, positive in batch
+            for distance, before in enumerate(history[:TRANSITION_REACH], 1)
+            if positive and before != item
+        ]
+        for before, _, _ in found:
+            for pair in self.pairs:
+                self.pairs[pair] *= TRANSITION_DECAY if pair[0] == before else 1.0
+        for before, item, weight in found:
+            self.pairs[before, item] += weight
+            self.pairs[item, before] += TRANSITION_BACK * weight
 
-    def score(self, history: Sequence[int], item: int) -> float:
-        return sum(
-            self.pairs[before, item]
-            / k
-            / math.sqrt(self.chosen[before] + TRANSITION_PRIOR)
-            / (self.chosen[item] + TRANSITION_PRIOR) ** 0.25
-            for k, before in enumerate(history[:TRANSITION_REACH], 1)
-        )
+    def score(self, history: Sequence[int], item: int, power: float) -> float:
+        """Sum what followed each of the history, latest first, over its distance to a power."""
+        near = enumerate(history[:TRANSITION_REACH], 1)
+        return sum(self.pairs.get((before, item), 0.0) / k**power for k, before in near)
 
 
 # Rows
@@ -177,114 +215,153 @@ def test_write_refuses_what_does_not_fit_and_changes_nothing(
     assert all(torch.equal(table.columns[name], column) for name, column in before.items())
 
 
-# Trend
+# Standing
 
 
-def test_log_trend_by_hand() -> None:
+def test_standing_by_hand() -> None:
     table = _table(3)
-    for item in (1, 2, 1):
-        _count(table, [[]], [item])
+    for item, positive in ((1, True), (2, False), (1, False)):
+        _count(table, [[]], [item], [positive])
     assert table.clock == 3
+    found = table.standing().numpy()
+    assert found.shape == (4, STANDINGS) == (4, 8)
     for s, d in enumerate(TREND_DECAYS):
-        first, second = d**2 + 1, d
-        expected = np.log(np.array([TREND_FLOOR, first + TREND_FLOOR, second + TREND_FLOOR, TREND_FLOOR]))
-        found = table.log_trend()[:, s].numpy()
-        np.testing.assert_allclose(found, expected - expected[1], rtol=1e-6, atol=1e-7)
-    assert float(table.log_trend().max()) == 0.0
+        positive_counts, counts = np.array([0, d**2, 0, 0]), np.array([0, d**2 + 1, d, 0])
+        for column, expected in ((s, positive_counts), (len(TREND_DECAYS) + s, counts)):
+            logs = np.log(expected + TREND_FLOOR)
+            np.testing.assert_allclose(found[:, column], logs - logs[1], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found[:, -2], [0, TOTAL_SCALE * math.log(2), 0, 0], rtol=1e-6)
+    # Item 1 is two feedback old, item 2 one; what had none counts as being as old as can be.
+    ages = [0, AGE_SCALE * math.log(3 / 4), AGE_SCALE * math.log(2 / 4), 0]
+    np.testing.assert_allclose(found[:, -1], ages, rtol=1e-6, atol=1e-7)
+    assert found[:, : 2 * len(TREND_DECAYS)].max() == 0.0
 
 
-def test_log_trend_of_an_empty_table_is_zero() -> None:
-    assert ItemTable(4, 2).log_trend().tolist() == [[0.0] * len(TREND_DECAYS)]
+def test_standing_in_an_empty_table_is_zero() -> None:
+    assert ItemTable(4, 2).standing().tolist() == [[0.0] * STANDINGS]
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
-@given(choices, st.integers(1, 7))
-def test_trend_is_its_closed_form_at_every_prefix(made: list[tuple[int, int]], size: int) -> None:
-    items = [item for _, item in made]
+@given(choices, sizes)
+def test_standing_is_its_closed_form_at_every_prefix(made: list[tuple[int, int, bool]], size: int) -> None:
     table = _table()
-    for start in range(0, len(items), size):
-        _count(table, [[]] * len(items[start : start + size]), items[start : start + size])
-        done = items[: start + size]
+    done: list[Feedback] = []
+    first = [0] * table.rows
+    for batch in _batches(made, size):
+        _count_batch(table, batch)
+        done += batch
+        for _, item, _ in batch:
+            first[item] = first[item] or len(done)
         assert table.clock == len(done)
-        counts = [
-            [sum(d ** (len(done) - 1 - t) for t, item in enumerate(done) if item == row) for d in TREND_DECAYS]
-            for row in range(table.rows)
-        ]
-        expected = np.log(np.array(counts) + TREND_FLOOR)
-        np.testing.assert_allclose(table.log_trend().numpy(), expected - expected.max(0), rtol=1e-5, atol=1e-6)
-        assert table.column("total").tolist() == [done.count(row) for row in range(table.rows)]
+        counts = np.array(
+            [
+                [
+                    sum(
+                        d ** (len(done) - 1 - t) for t, (_, i, yes) in enumerate(done) if i == row and (yes or not only)
+                    )
+                    for only in (True, False)
+                    for d in TREND_DECAYS
+                ]
+                for row in range(table.rows)
+            ]
+        )
+        totals = [sum(yes for _, item, yes in done if item == row) for row in range(table.rows)]
+        logs = np.log(counts + TREND_FLOOR)
+        found = table.standing().numpy()
+        np.testing.assert_allclose(found[:, :-2], logs - logs.max(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[:, -2], TOTAL_SCALE * np.log1p(totals), rtol=1e-5)
+        ages = np.log1p(len(done) - np.array(first)) - math.log1p(len(done))
+        np.testing.assert_allclose(found[:, -1], AGE_SCALE * ages, rtol=1e-5, atol=1e-6)
+        assert table.column("total").tolist() == totals
+        others = [sum(not yes for _, item, yes in done if item == row) for row in range(table.rows)]
+        assert table.column("classes").tolist() == [list(pair) for pair in zip(others, totals, strict=True)]
+        assert table.column("first").tolist() == first
 
 
 # Transitions
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
-@given(choices)
-def test_transitions_are_sequential_cooccurrence_at_every_prefix(made: list[tuple[int, int]]) -> None:
-    table, reference = _table(), _Cooccurrence()
-    histories: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    for user, item in made:
-        batch = [histories[u] for u in histories]
-        transitions = table.transitions(_padded(batch))
-        expected = [[reference.score(h, row) for row in range(table.rows)] for h in batch]
-        np.testing.assert_allclose(transitions.lift(table.rows, 0.01), np.log1p(np.array(expected) / 0.01), atol=1e-4)
-        _count(table, [histories[user]], [item])
-        reference.add(histories[user], item)
-        histories[user].insert(0, item)
-    for row in range(1, table.rows):
-        expected_row = {b: w for (a, b), w in reference.pairs.items() if a == row and w}
-        assert _successors(table, row) == pytest.approx(expected_row, rel=1e-5)
+@given(choices, sizes)
+def test_transitions_are_fading_cooccurrence_at_every_prefix(made: list[tuple[int, int, bool]], size: int) -> None:
+    table, memory = _table(), _Memory()
+    for batch in _batches(made, size):
+        histories = [history for history, _, _ in batch]
+        transitions = table.transitions(_padded(histories))
+        for found, power in zip(transitions.lifts(table.rows, FLOOR), (0.5, 0.5 + NEXT_POWER), strict=True):
+            expected = [[memory.score(h, row, power) for row in range(table.rows)] for h in histories]
+            np.testing.assert_allclose(found, np.log1p(np.array(expected) / FLOOR), atol=1e-4)
+        _count_batch(table, batch)
+        memory.add(batch)
+        for row in range(1, table.rows):
+            expected_row = {b: w for (a, b), w in memory.pairs.items() if a == row}
+            assert _successors(table, row) == pytest.approx(expected_row, rel=1e-5)
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
-@given(choices, st.integers(2, 12))
-def test_a_batch_counts_like_its_events_one_by_one(made: list[tuple[int, int]], size: int) -> None:
+@given(choices, sizes)
+def test_a_batch_touches_what_its_feedback_touches_one_by_one(made: list[tuple[int, int, bool]], size: int) -> None:
     batched, single = _table(), _table()
-    histories: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    events = []
-    for user, item in made:
-        events.append((list(histories[user]), item))
-        histories[user].insert(0, item)
-    for start in range(0, len(events), size):
-        part = events[start : start + size]
-        touched = _count(batched, [h for h, _ in part], [i for _, i in part])
+    for batch in _batches(made, size):
+        touched = _count_batch(batched, batch)
         one_by_one: set[int] = set()
-        for history, item in part:
-            one_by_one.update(_count(single, [history], [item]))
+        for one in batch:
+            one_by_one.update(_count_batch(single, [one]))
         assert touched == sorted(one_by_one)
         assert batched.clock == single.clock
         assert torch.equal(batched.columns["total"], single.columns["total"])
         for row in range(1, batched.rows):
-            assert _successors(batched, row) == pytest.approx(_successors(single, row), rel=1e-5)
-        np.testing.assert_allclose(batched.log_trend(), single.log_trend(), rtol=1e-5, atol=1e-6)
+            assert _successors(batched, row).keys() == _successors(single, row).keys()
+        # All but the age, which begins with the batch's end.
+        np.testing.assert_allclose(batched.standing()[:, :-1], single.standing()[:, :-1], rtol=1e-5, atol=1e-6)
 
 
 def test_count_tells_exactly_the_rows_that_it_touched() -> None:
     table = _table()
     before = {name: column.clone() for name, column in table.columns.items()}
-    touched = _count(table, [[5, 3], [3], []], [2, 2, 7])
-    assert touched == [2, 3, 5, 7]
+    touched = _count(table, [[5, 3], [3], [], [4]], [2, 2, 7, 6], [True, True, True, False])
+    assert touched == [2, 3, 5, 6, 7]
     changed = torch.zeros(len(before["total"]), dtype=torch.bool)
     for name, column in before.items():
         changed |= (table.columns[name] != column).reshape(len(column), -1).any(1)
     assert changed.nonzero().flatten().tolist() == touched
 
 
+def test_what_is_not_positive_follows_nothing_and_fades_nothing() -> None:
+    table = _table()
+    _count(table, [[1]], [2])
+    before = {name: table.columns[name].clone() for name in ("successor", "successor_weight", "total")}
+    assert _count(table, [[1], [1, 2]], [2, 3], [False, False]) == [2, 3]
+    for name, column in before.items():
+        assert torch.equal(table.columns[name], column), name
+
+
 def test_reach_and_weights_by_hand() -> None:
-    table = _table(30, successors=4)
+    table = _table(30, successors=TRANSITION_REACH + 1)
     history = list(range(1, 26))
     _count(table, [history], [30])
-    followed = {row: _successors(table, row) for row in range(1, 30)}
-    assert followed == {
-        row: ({30: pytest.approx(1 / row, rel=1e-6)} if row <= TRANSITION_REACH else {}) for row in range(1, 30)
+    for row in range(1, 30):
+        expected = {30: pytest.approx(1 / math.sqrt(row), rel=1e-6)} if row <= TRANSITION_REACH else {}
+        assert _successors(table, row) == expected
+    assert _successors(table, 30) == {
+        row: pytest.approx(TRANSITION_BACK / math.sqrt(row), rel=1e-6) for row in range(1, TRANSITION_REACH + 1)
     }
+
+
+def test_both_looks_by_hand() -> None:
+    table = _table()
+    _count(table, [[1], [2]], [3, 3])
+    found = table.transitions(_padded([[1, 7, 2]]))
+    weight, following = (lift[0].exp() - 1 for lift in found.lifts(table.rows, 1.0))
+    assert weight.tolist() == pytest.approx([0, 0, 0, 1 + 1 / math.sqrt(3), 0, 0, 0, 0], abs=1e-6)
+    assert following.tolist() == pytest.approx([0, 0, 0, 1 + 3**-2.5, 0, 0, 0, 0], abs=1e-6)
 
 
 def test_an_item_does_not_follow_itself() -> None:
     table = _table()
     _count(table, [[1, 2, 1]], [1])
-    assert _successors(table, 1) == {}
-    assert _successors(table, 2) == {1: 0.5}
+    assert _successors(table, 1) == {2: pytest.approx(TRANSITION_BACK / math.sqrt(2), rel=1e-6)}
+    assert _successors(table, 2) == {1: pytest.approx(1 / math.sqrt(2), rel=1e-6)}
 
 
 # Making room
@@ -294,82 +371,88 @@ def test_the_weakest_successor_makes_room() -> None:
     table = _table(successors=2)
     for item in (2, 3, 3):
         _count(table, [[1]], [item])
-    assert _successors(table, 1) == {2: 1.0, 3: 2.0}
+    f = TRANSITION_DECAY
+    assert _successors(table, 1) == pytest.approx({2: f**2, 3: f + 1}, rel=1e-6)
     _count(table, [[7, 1]], [4])
-    assert _successors(table, 1) == {3: 2.0, 4: 0.5}
+    assert _successors(table, 1) == pytest.approx({3: f * (f + 1), 4: 1 / math.sqrt(2)}, rel=1e-6)
     _count(table, [[1]], [5])
-    assert _successors(table, 1) == {3: 2.0, 5: 1.0}
+    assert _successors(table, 1) == pytest.approx({3: f**2 * (f + 1), 5: 1}, rel=1e-6)
     # What had to go starts anew.
     _count(table, [[1]], [2])
-    assert _successors(table, 1) == {3: 2.0, 2: 1.0}
+    assert _successors(table, 1) == pytest.approx({3: f**3 * (f + 1), 2: 1}, rel=1e-6)
 
 
 def test_new_successors_of_one_batch_take_the_weakest_slots_in_turn() -> None:
     table = _table(successors=3)
     _count(table, [[1]] * 6, [2, 2, 2, 3, 4, 4])
     assert _successors(table, 1) == {2: 3.0, 3: 1.0, 4: 2.0}
-    # 5 takes the place of 3, 6 that of 4; 2 grows and stays.
+    # 5 takes the place of 3, 6 that of 4; 2 fades three times, grows and stays.
     _count(table, [[1]] * 3, [6, 5, 2])
-    assert _successors(table, 1) == {2: 4.0, 5: 1.0, 6: 1.0}
+    assert _successors(table, 1) == pytest.approx({2: 3 * TRANSITION_DECAY**3 + 1, 5: 1.0, 6: 1.0}, rel=1e-6)
     # More than there are slots: the first rows get in.
     other = _table(successors=2)
     _count(other, [[1]] * 4, [5, 4, 3, 2])
     assert _successors(other, 1) == {2: 1.0, 3: 1.0}
 
 
+def _by_the_rule(held: list[tuple[int, float]], added: dict[int, float]) -> list[tuple[int, float]]:
+    """Return an item's slots after one feedback: the known grow, then new ones take the weakest slots in turn."""
+    slots = [(row, weight + added.get(row, 0.0)) if row else (row, weight) for row, weight in held]
+    weakest = sorted(range(len(slots)), key=lambda s: slots[s][1])
+    new = sorted(added.keys() - {row for row, _ in held})
+    for slot, row in zip(weakest, new, strict=False):
+        slots[slot] = (row, added[row])
+    return slots
+
+
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(choices, st.integers(1, 3))
-def test_few_slots_follow_their_rule_at_every_prefix(made: list[tuple[int, int]], slots: int) -> None:
+def test_few_slots_follow_their_rule_at_every_prefix(made: list[tuple[int, int, bool]], slots: int) -> None:
     table = _table(successors=slots)
-    expected = {row: [(0, np.float32(0))] * slots for row in range(1, table.rows)}
-    histories: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    for user, item in made:
-        added: defaultdict[int, np.float32] = defaultdict(lambda: np.float32(0))
-        for distance, before in enumerate(histories[user][:TRANSITION_REACH], 1):
-            if before != item:
-                added[before] += np.float32(1) / np.float32(distance)
-        for before, weight in added.items():
-            held = [row for row, _ in expected[before]]
-            if item in held:
-                slot = held.index(item)
-                expected[before][slot] = (item, expected[before][slot][1] + weight)
-            else:
-                weakest = min(range(slots), key=lambda s, before=before: expected[before][s][1])
-                expected[before][weakest] = (item, weight)
-        _count(table, [histories[user]], [item])
-        histories[user].insert(0, item)
+    expected = {row: [(0, 0.0)] * slots for row in range(1, table.rows)}
+    for batch in _batches(made, 1):
+        ((history, item, positive),) = batch
+        added: defaultdict[int, defaultdict[int, float]] = defaultdict(lambda: defaultdict(float))
+        for distance, before in enumerate(history[:TRANSITION_REACH], 1):
+            if positive and before != item:
+                expected[before] = [(row, weight * TRANSITION_DECAY) for row, weight in expected[before]]
+                added[before][item] += 1 / math.sqrt(distance)
+                added[item][before] += TRANSITION_BACK / math.sqrt(distance)
+        for row, weights in added.items():
+            expected[row] = _by_the_rule(expected[row], weights)
+        _count_batch(table, batch)
         for row, pairs in expected.items():
-            found = (table.columns[name][row].tolist() for name in ("successor", "successor_weight"))
-            assert list(zip(*found, strict=True)) == [(other, float(weight)) for other, weight in pairs]
+            assert table.columns["successor"][row].tolist() == [other for other, _ in pairs]
+            weights_found = table.columns["successor_weight"][row].tolist()
+            assert weights_found == pytest.approx([weight for _, weight in pairs], rel=1e-5)
 
 
-# Lift
+# Lifts
+
+weights = st.floats(0, 10, width=32)
 
 
 @given(
-    st.lists(
-        st.lists(st.tuples(st.integers(0, 5), st.floats(0, 10, width=32)), min_size=4, max_size=4),
-        min_size=1,
-        max_size=3,
-    ),
+    st.lists(st.lists(st.tuples(st.integers(0, 5), weights, weights), min_size=4, max_size=4), min_size=1, max_size=3),
     st.floats(1e-3, 10),
 )
-def test_lift_is_the_dense_sum_on_a_log_scale(pairs: list[list[tuple[int, float]]], floor: float) -> None:
+def test_lifts_are_the_dense_sums_on_a_log_scale(lines: list[list[tuple[int, float, float]]], floor: float) -> None:
     # Row 0 is where empty slots point to, always with nothing.
-    rows = torch.tensor([[row for row, _ in line] for line in pairs])
-    weights = torch.tensor([[weight if row else 0.0 for row, weight in line] for line in pairs])
-    found = Transitions(rows[:, :1], rows, weights).lift(6, floor)
-    expected = np.zeros((len(pairs), 6))
-    for b, line in enumerate(pairs):
-        for row, weight in line:
-            expected[b, row] += weight if row else 0.0
-    np.testing.assert_allclose(found, np.log1p(expected / floor), rtol=1e-5, atol=1e-6)
+    rows = torch.tensor([[row for row, _, _ in line] for line in lines])
+    made = [torch.tensor([[pair[look] if pair[0] else 0.0 for pair in line] for line in lines]) for look in (1, 2)]
+    found = Transitions(rows[:, :1], rows, *made).lifts(6, floor)
+    for lift, given_weights in zip(found, made, strict=True):
+        expected = np.zeros((len(lines), 6))
+        for b, line in enumerate(lines):
+            for place, (row, _, _) in enumerate(line):
+                expected[b, row] += float(given_weights[b, place])
+        np.testing.assert_allclose(lift, np.log1p(expected / floor), rtol=1e-5, atol=1e-6)
 
 
 def test_without_history_nothing_follows() -> None:
     table = _table()
     _count(table, [[1]], [2])
     transitions = table.transitions(_padded([[], [1]]))
-    lift = transitions.lift(table.rows, 0.01)
-    assert not lift[0].any()
-    assert lift[1].nonzero().tolist() == [[2]]
+    for lift in transitions.lifts(table.rows, FLOOR):
+        assert not lift[0].any()
+        assert lift[1].nonzero().tolist() == [[2]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from recsys.encoding import RowHistory
-from recsys.item_table import PADDING_ROW
+from recsys.item_table import PADDING_ROW, TREND_DECAYS
 from recsys.settings import Settings, load
 from recsys.weights import decode, encode
 from trainer.examples import Event, batches
@@ -150,9 +150,9 @@ def test_every_step_changes_what_is_learned() -> None:
     assert _learn(learner, events[:8]).learned
     after = learner.network.state_dict()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
-    # What follows an item in this batch may be known already, and the slots' order then stays.
-    same = [name for name, old in columns.items() if torch.equal(old, learner.table.column(name))]
-    assert set(same) <= {"successor"}
+    # What follows an item in this batch may be known already, and the slots' order then stays; no item is new.
+    same = {name for name, old in columns.items() if torch.equal(old, learner.table.column(name))}
+    assert same - {"successor"} == {"first"}
 
 
 # Stopped and started
@@ -339,19 +339,29 @@ def test_testing_in_parts_is_testing_at_once(monkeypatch: pytest.MonkeyPatch) ->
 # What it learns
 
 
-def test_impressions_are_no_events_and_are_not_counted(device: torch.device) -> None:
+def test_impressions_are_no_events_and_count_as_feedback_alone(device: torch.device) -> None:
     site = _Site(users=2)
     learner = _learner([site.event(0, item) for item in range(4)], device)
-    before = _columns(learner)
-    clock = learner.table.clock
+    before = {name: column.cpu() for name, column in _columns(learner).items()}
+    assert learner.table.clock == 4
     report = _learn(learner, [site.event(user, item, IMPRESSION) for item in range(6) for user in (0, 1)])
     assert report.learned
     assert report.rank_B.tolist() == report.popularity_rank_B.tolist() == [NO_EVENT] * 12
     assert np.isnan(report.item_loss_B).all()
-    assert learner.table.clock == clock == 4
-    for name in ("total", "trend", "touched", "successor", "successor_weight"):
-        assert torch.equal(learner.table.column(name)[:5], before[name]), name
-        assert not learner.table.column(name)[5:].any(), name
+    after = {name: column.cpu() for name, column in _columns(learner).items()}
+    for name in ("total", "successor", "successor_weight"):
+        assert torch.equal(after[name][:5], before[name]), name
+        assert not after[name][5:].any(), name
+    assert learner.table.clock == 16
+    # A batch counts as of its end; row 1 + i was clicked as number i, and shown as numbers 4 + 2 i and 5 + 2 i of 16.
+    assert after["touched"].tolist() == [0, *[16] * 6]
+    assert after["first"].tolist() == [0, 4, 4, 4, 4, 16, 16]
+    for s, d in enumerate(TREND_DECAYS):
+        clicked = [d ** (15 - i) if i < 4 else 0.0 for i in range(6)]
+        shown = [d ** (11 - 2 * i) + d ** (10 - 2 * i) for i in range(6)]
+        assert after["trend"][1:, s].tolist() == pytest.approx(clicked, rel=1e-5)
+        both = [one + other for one, other in zip(clicked, shown, strict=True)]
+        assert after["trend"][1:, len(TREND_DECAYS) + s].tolist() == pytest.approx(both, rel=1e-5)
 
 
 WALK = {
@@ -425,7 +435,7 @@ def test_cuda_agrees_with_the_cpu(device: torch.device) -> None:
         np.testing.assert_allclose(found.class_loss_B, expected.class_loss_B, rtol=1e-3, atol=1e-4)
         assert found.popularity_rank_B.tolist() == expected.popularity_rank_B.tolist()
     cpu, gpu = _columns(on_cpu), {name: column.cpu() for name, column in _columns(on_gpu).items()}
-    for name in ("total", "touched"):
+    for name in ("total", "touched", "first"):
         assert torch.equal(gpu[name], cpu[name])
     for name in ("trend", "vector", SQUARED_GRADIENT):
         torch.testing.assert_close(gpu[name], cpu[name], rtol=1e-3, atol=1e-3)

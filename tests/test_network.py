@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recsys.item_table import TREND_DECAYS, Transitions
+from recsys.item_table import STANDINGS, Transitions
 from recsys.network import (
+    CLASS_DECAY,
     CONTEXT_WIDTH,
     GAP_BUCKETS,
+    LIFTS,
     MIXING_CONTEXT,
     PARTS,
+    RATE_PRIOR,
+    RATES,
     TRANSITION_FLOOR,
     WORTH_FLOOR,
     Histories,
@@ -158,44 +162,57 @@ def test_mixing_weights() -> None:
     network = _network()
     histories = _histories([0, 1, LENGTH])
     weights = network.mixing_weights(histories).detach()
-    assert weights.shape == (3, PARTS)
-    assert (weights[0] > 0).tolist() == [False, *[True] * len(TREND_DECAYS), False]
-    assert (weights[1:] > 0).all()
+    assert weights.shape == (3, 1 + STANDINGS + LIFTS)
+    # Without a history only the standing of the items has a say.
+    assert (weights[0] != 0).tolist() == [False, *[True] * STANDINGS, False, False]
     for user, length in enumerate((0, 1, LENGTH)):
         gap = float(histories.gaps_BL[user, -1]) if length else 0.0
         context = torch.tensor([1.0, math.log1p(length) / 4, float(length == 0), gap / GAP_BUCKETS])
-        expected = torch.log1p(torch.exp(network.mix.weight @ context + network.mix.bias))
-        torch.testing.assert_close(weights[user, 1:-1], expected[1:-1].detach(), atol=1e-5, rtol=1e-5)
+        expected = (network.mix.weight @ context + network.mix.bias).detach()
+        said = slice(None) if length else slice(1, -LIFTS)
+        torch.testing.assert_close(weights[user, said], expected[said], atol=1e-5, rtol=1e-5)
     assert context.shape == (MIXING_CONTEXT,)
-    # Untrained, all parts that have something to say weigh the same.
-    fresh = build_network(_settings()).mixing_weights(histories)
-    torch.testing.assert_close(fresh[1], torch.full((PARTS,), math.log(2)))
+    # What speaks for an item may, in some context, speak against it.
+    assert (weights < 0).any()
+
+
+def test_mixing_weights_before_anything_is_learned() -> None:
+    fresh = build_network(_settings()).mixing_weights(_histories([1, 0]))
+    # Network; positive trends, trends of all feedback, total, age; both looks at what follows.
+    trends, others = [0.2, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(fresh, torch.tensor([[0.5, *trends, *others, 0.7, 0.0], [0.0, *trends, *others, 0, 0]]))
 
 
 def test_scores_equal_a_loop() -> None:
     network, table = _network(), _vectors()
     random = np.random.default_rng(0)
     users = 4
-    weights = torch.from_numpy(random.random((users, PARTS))).float()
+    weights = torch.from_numpy(random.normal(size=(users, PARTS))).float()
     states = torch.from_numpy(random.normal(size=(users, DIMENSION))).float()
-    trend = torch.from_numpy(random.normal(size=(ITEMS, len(TREND_DECAYS)))).float()
-    lift = torch.from_numpy(random.random((users, ITEMS))).float()
-    found = network.scores(weights, states, table, trend, lift)
+    standing = torch.from_numpy(random.normal(size=(ITEMS, STANDINGS))).float()
+    lifts = (
+        torch.from_numpy(random.random((users, ITEMS))).float(),
+        torch.from_numpy(random.random((users, ITEMS))).float(),
+    )
+    found = network.scores(weights, states, table, standing, lifts)
     for u in range(users):
         for i in range(ITEMS):
             parts = [
                 sum(float(states[u, d]) * float(table[i, d]) for d in range(DIMENSION)),
-                *(float(trend[i, s]) for s in range(len(TREND_DECAYS))),
-                float(lift[u, i]),
+                *(float(standing[i, s]) for s in range(STANDINGS)),
+                *(float(lift[u, i]) for lift in lifts),
             ]
             expected = sum(float(w) * part for w, part in zip(weights[u], parts, strict=True))
             assert float(found[u, i]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_lift_is_relative_to_the_floor() -> None:
-    transitions = Transitions(torch.tensor([[1]]), torch.tensor([[2, 2, 0]]), torch.tensor([[0.01, 0.02, 0.0]]))
-    found = _network().lift(transitions, 4)
-    assert found.tolist() == [[0.0, 0.0, pytest.approx(math.log(1 + 0.03 / TRANSITION_FLOOR), rel=1e-6), 0.0]]
+def test_lifts_are_relative_to_the_floor() -> None:
+    rows = torch.tensor([[2, 2, 0]])
+    transitions = Transitions(
+        torch.tensor([[1]]), rows, torch.tensor([[0.01, 0.02, 0.0]]), torch.tensor([[0.04, 0, 0]])
+    )
+    for found, total in zip(_network().lifts(transitions, 4), (0.03, 0.04), strict=True):
+        assert found.tolist() == [[0.0, 0.0, pytest.approx(math.log(1 + total / TRANSITION_FLOOR), rel=1e-6), 0.0]]
 
 
 def test_log_worth_by_hand() -> None:
@@ -204,11 +221,37 @@ def test_log_worth_by_hand() -> None:
     assert found.tolist() == [pytest.approx(math.log(3 + WORTH_FLOOR)), pytest.approx(math.log(WORTH_FLOOR))]
 
 
+def test_class_rates_by_hand() -> None:
+    network = build_network(_settings(classes="clicks"))
+    network.count_classes(torch.tensor([0, 1, 0]))
+    network.count_classes(torch.tensor([0]))
+    assert network.class_counts.tolist() == pytest.approx([2 * CLASS_DECAY + 1, CLASS_DECAY], rel=1e-6)
+    network.class_counts.copy_(torch.tensor([3.0, 1.0]))
+    # Two thirds and one third of all, each with one more; the item had the first class once, the user the second twice.
+    histories = Histories(torch.tensor([[0, 7, 8]]), torch.tensor([[0, 2, 2]]), torch.zeros(1, 3).long())
+    user = network.user_counts(histories)
+    assert user.tolist() == [[0, 2]]
+    rates = network.class_rates(user, torch.tensor([[1.0, 0.0]]))
+    of_item = [math.log((3 / 2 + RATE_PRIOR) / (1 + RATE_PRIOR)), math.log(RATE_PRIOR / (1 + RATE_PRIOR))]
+    of_user = [math.log(RATE_PRIOR / (2 + RATE_PRIOR)), math.log((6 + RATE_PRIOR) / (2 + RATE_PRIOR))]
+    logs = [math.log(2 / 3), math.log(1 / 3)]
+    expected = [*logs, *of_item, *of_user, math.log(2) / 4, math.log(3) / 4]
+    torch.testing.assert_close(rates, torch.tensor([expected]))
+    # Untrained, the head says what counting says; the user's rates only where histories hold every class.
+    others = [torch.randn(1, width) for width in (DIMENSION, DIMENSION, STANDINGS, CONTEXT_WIDTH)]
+    known = [one + other for one, other in zip(logs, of_item, strict=True)]
+    torch.testing.assert_close(network.class_logits(*others, rates), torch.tensor([known]))
+    telling = build_network(_settings(classes="ratings"))
+    rates = telling.class_rates(torch.rand(1, 10), torch.rand(1, 10))
+    summed = rates[:, :30].view(1, RATES, 10).sum(1)
+    torch.testing.assert_close(telling.class_logits(*others, rates), summed)
+
+
 @pytest.mark.parametrize("leading", [(), (5,), (5, 6)])
 def test_class_logits_for_any_leading_axes(leading: tuple[int, ...]) -> None:
     network = _network()
     generator = torch.Generator().manual_seed(0)
-    widths = (DIMENSION, DIMENSION, len(TREND_DECAYS), CONTEXT_WIDTH)
+    widths = (DIMENSION, DIMENSION, STANDINGS, CONTEXT_WIDTH, RATES * 4 + 2)
     inputs = [torch.randn(*leading, width, generator=generator) for width in widths]
     found = network.class_logits(*inputs)
     assert found.shape == (*leading, 4)
@@ -233,10 +276,11 @@ def test_gradients_are_finite_and_reach_everything(blocks: int) -> None:
     histories = _histories([0, 2, LENGTH])
     torch.manual_seed(0)
     states = _states(network, histories, table)
-    trend, lift = torch.randn(ITEMS, len(TREND_DECAYS)), torch.rand(3, ITEMS)
-    scores = network.scores(network.mixing_weights(histories), states, table, trend, lift)
+    standing, lifts = torch.randn(ITEMS, STANDINGS), (torch.rand(3, ITEMS), torch.rand(3, ITEMS))
+    scores = network.scores(network.mixing_weights(histories), states, table, standing, lifts)
     context = network.context_vectors(torch.tensor([[1, -1]] * 3))
-    logits = network.class_logits(states, table[[4, 5, 6]], trend[[4, 5, 6]], context)
+    rates = network.class_rates(network.user_counts(histories), torch.tensor([[0.0, 3, 1, 0]] * 3))
+    logits = network.class_logits(states, table[[4, 5, 6]], standing[[4, 5, 6]], context, rates)
     loss = F.cross_entropy(scores, torch.tensor([4, 5, 6])) + F.cross_entropy(logits, torch.tensor([0, 1, 2]))
     torch.autograd.backward(loss)
     for name, parameter in [*network.named_parameters(), ("table", table)]:

@@ -141,31 +141,52 @@ class Plain:
         self.columns = {name: tensor.tolist() for name, tensor in self.replica.table.columns.items()}
         self.ids = self.replica.table.item_ids
 
-    def trend(self) -> list[list[float]]:
+    def standing(self) -> list[list[float]]:
+        """Return each row's log trends less the largest, of positive and of all feedback; its total and its age."""
         clock, columns = self.replica.table.clock, self.columns
         logs = [
             [
-                math.log(columns["trend"][row][s] * decay ** (clock - columns["touched"][row]) + 0.02)
-                for s, decay in enumerate(TREND_DECAYS)
+                math.log(count * TREND_DECAYS[s % 3] ** (clock - columns["touched"][row]) + 0.02)
+                for s, count in enumerate(columns["trend"][row])
             ]
             for row in range(len(self.ids))
         ]
-        return [[value - max(log[s] for log in logs) for s, value in enumerate(each)] for each in logs]
+        return [
+            [
+                *(value - max(log[s] for log in logs) for s, value in enumerate(each)),
+                0.5 * math.log(1 + columns["total"][row]),
+                0.5 * math.log((1 + clock - columns["first"][row]) / (1 + clock)),
+            ]
+            for row, each in enumerate(logs)
+        ]
 
-    def follows(self, history: list[int]) -> dict[int, dict[int, float]]:
+    def follows(self, history: list[int], power: float = 0.5) -> dict[int, dict[int, float]]:
         """Return for each item that follows one of the history by how much it follows which."""
-        total = self.columns["total"]
         found: dict[int, dict[int, float]] = {}
         for distance, row in enumerate(reversed(history[-20:]), 1):
             for item, weight in zip(self.columns["successor"][row], self.columns["successor_weight"][row], strict=True):
                 if item:
-                    by = weight / distance / math.sqrt(total[row] + 10) / (total[item] + 10) ** 0.25
+                    by = weight / distance**power
                     found.setdefault(item, {})[row] = found.get(item, {}).get(row, 0.0) + by
         return found
 
+    def rates(self, user: list[str], row: int) -> list[float]:
+        """Return how often each class comes, how much more often here, and of how many."""
+        classes = self.settings.classes
+        counts = self.replica.network.class_counts.tolist()
+        among = [(count + 1) / (sum(counts) + len(counts)) for count in counts]
+        found, sizes = [math.log(rate) for rate in among], []
+        for own in (self.columns["classes"][row], [user.count(c.name) for c in classes]):
+            sizes.append(math.log1p(sum(own)) / 4)
+            found += [math.log((n / rate + 5) / (sum(own) + 5)) for n, rate in zip(own, among, strict=True)]
+        return found + sizes
+
     @torch.no_grad()
-    def scores(self, query: Query) -> tuple[list[float], list[float]]:
-        """Return each row's score, and its final score with the log of its expected worth."""
+    def scores(self, query: Query) -> tuple[list[float], list[float], list[list[float]]]:
+        """Return each row's score, its final score with the log of its expected worth, and the score's parts.
+
+        Parts are the network's, what follows and what stands, each less its average over items.
+        """
         network, table, settings = self.replica.network, self.replica.table, self.settings
         length = settings.history_length
         known = [
@@ -182,21 +203,31 @@ class Plain:
         state = network.states(vectors[histories.rows_BL], vectors[histories.rows_BL[:, -1]], histories)[0]
         weights = network.mixing_weights(histories)[0].tolist()
         context = network.context_vectors(torch.from_numpy(encode_contexts([query.context], settings)))[0]
-        trend, follows = self.trend(), self.follows(rows)
-        scores, final = [], []
+        standing, looks = self.standing(), (self.follows(rows, 0.5), self.follows(rows, 2.5))
+        scores, final, parts = [], [], []
         for row in range(len(self.ids)):
-            score = weights[0] * float(state.double() @ vectors[row].double())
-            score += sum(weight * value for weight, value in zip(weights[1:-1], trend[row], strict=True))
-            score += weights[-1] * math.log1p(sum(follows.get(row, {}).values()) / 0.01)
-            logits = network.class_logits(state, vectors[row], torch.tensor(trend[row]), context)
+            network_part = weights[0] * float(state.double() @ vectors[row].double())
+            standing_part = sum(weight * value for weight, value in zip(weights[1:-2], standing[row], strict=True))
+            follows_part = sum(
+                weight * math.log1p(sum(follows.get(row, {}).values()) / 0.1)
+                for weight, follows in zip(weights[-2:], looks, strict=True)
+            )
+            parts.append([network_part, follows_part, standing_part])
+            score = network_part + follows_part + standing_part
+            rates = torch.tensor(self.rates([e.feedback_class for e in known], row))
+            logits = network.class_logits(state, vectors[row], torch.tensor(standing[row]), context, rates)
             worth = sum(p * c.worth for p, c in zip(logits.softmax(0).tolist(), settings.classes, strict=True))
             scores.append(score)
             final.append(score + settings.worth_weight * math.log(worth + 1e-6))
-        return scores, final
+        for part in (0, 2):
+            average = sum(each[part] for each in parts[1:]) / (len(parts) - 1)
+            for each in parts:
+                each[part] -= average
+        return scores, final, parts
 
     def answer(self, query: Query) -> list[tuple[str, float]]:
         """Return the best items and their scores."""
-        scores, final = self.scores(query)
+        scores, final, _ = self.scores(query)
         table = self.replica.table
         hidden = {0, *map(table.row, query.exclude)}
         hidden |= set() if query.allow_seen else {table.row(entry.item_id) for entry in query.history}
@@ -356,9 +387,14 @@ def test_a_planted_habit_is_found_and_explained(
         first.append((items[0].item_id == f"item-{(start + 5) % CYCLE}", items[0].source))
         rows = [plain.replica.table.row(e.item_id) for e in history]
         follows = plain.follows(rows)
+        parts = plain.scores(Query(history))[2]
         for item in items:
             row = plain.replica.table.row(item.item_id)
             sources.append(item.source)
+            said = dict(zip((SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING), parts[row], strict=True))
+            if row not in follows:
+                del said[SOURCE_TRANSITION]
+            assert said[item.source] == pytest.approx(max(said.values()), abs=2e-4)
             if item.source == SOURCE_TRANSITION:
                 assert follows[row], f"{item.item_id} never followed anything in the history"
                 most = max(follows[row], key=follows[row].__getitem__)
@@ -389,7 +425,7 @@ def test_candidates(scorer: Scorer, versions: Versions, learning_settings: Setti
     answer = scorer.answer([Query(walked(3, 5)), Query(walked(3, 5), candidates=wanted), Query(())], NOW_MS)[1]
     assert ids(list(answer.items)) == list(wanted)
     assert [item.known for item in answer.items] == [True, False, True, True, True]
-    _, final = plain.scores(Query(walked(3, 5)))
+    _, final, _ = plain.scores(Query(walked(3, 5)))
     for item in answer.items:
         assert list(item.class_probabilities) == [c.name for c in learning_settings.classes]
         assert sum(item.class_probabilities.values()) == pytest.approx(1.0, abs=1e-5)

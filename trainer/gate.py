@@ -100,7 +100,7 @@ class Gate:
 
     @torch.no_grad()
     def _test(self, prequential: Prequential, examples: Examples, replica: Replica) -> tuple[StepReport, Tensor]:
-        return prequential.test(examples, None, replica.table.log_trend())
+        return prequential.test(examples, None, replica.table.standing())
 
     def objection(self) -> str | None:
         """Return why the version must not be published, or None."""
@@ -138,11 +138,13 @@ class Gate:
     def _unusual(self) -> str | None:
         """Say which part of the weights is not finite, or has grown beyond what one version may."""
         served = self._served.network.state_dict()
+        # Counts grow as feedback comes.
+        counts = {name for name, _ in self._learner.network.named_buffers()}
         for name, tensor in self._learner.network.state_dict().items():
             norm, before = _norm(tensor), _norm(served[name])
             if not math.isfinite(norm):
                 return f"holds {name} that is not finite"
-            if norm > self._settings.gate_growth * before + 1.0:
+            if name not in counts and norm > self._settings.gate_growth * before + 1.0:
                 return f"holds {name} whose norm grew from {before:.3g} to {norm:.3g}"
         if not bool(torch.isfinite(self._learner.table.column("vector")).all()):
             return "holds an item vector that is not finite"

@@ -6,6 +6,7 @@ Shapes as in recsys.network.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,10 +40,18 @@ class StepReport:
     # Cross-entropy over items (positive feedback of known items, else NaN) and over feedback classes, in nats.
     item_loss_B: npt.NDArray[np.float64]
     class_loss_B: npt.NDArray[np.float64]
+    # Of each feedback class, as (B, C).
+    class_probability_BC: npt.NDArray[np.float32]
     learned: bool = True
     # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
     losses: dict[str, float] = field(default_factory=dict)
     gradient_norm: float = math.nan
+
+    @classmethod
+    def untested(cls, count: int) -> StepReport:
+        """Say nothing of `count` examples."""
+        ranks_B, losses_B = np.full(count, NO_EVENT), np.full(count, np.nan)
+        return cls(ranks_B, ranks_B, losses_B, losses_B, np.empty((count, 0), np.float32))
 
 
 class Prequential:
@@ -51,8 +60,10 @@ class Prequential:
     def __init__(self, settings: Settings, network: RecommendationNetwork, table: ItemTable) -> None:
         self._network, self._table = network, table
         self._positive = np.array([c.positive for c in settings.classes])
+        # Shown, for those who measure more than ranks, the places in the batch of what is ranked, and all its scores.
+        self.watch: Callable[[Rows, Tensor], None] | None = None
 
-    def test(self, examples: Examples, seen: list[Rows] | None, trend_IS: Tensor) -> tuple[StepReport, Tensor]:
+    def test(self, examples: Examples, seen: list[Rows] | None, standing_IS: Tensor) -> tuple[StepReport, Tensor]:
         """Rank every item for each positive example, classify all; return what was found and the mixing loss.
 
         Where gradients are on, that loss's gradient is added to the mixing weights' right away, part by part, so that
@@ -66,11 +77,15 @@ class Prequential:
         with torch.no_grad():
             rows_BL = histories.rows_BL
             states_BD = self._network.states(vectors[rows_BL], vectors[rows_BL[:, -1]], histories)
+        class_loss_B, class_probability_BC = self._classify(
+            examples, states_BD, standing_IS, self._network.user_counts(histories)
+        )
         report = StepReport(
             rank_B=np.full(count, NO_EVENT),
             popularity_rank_B=np.full(count, NO_EVENT),
             item_loss_B=np.full(count, np.nan),
-            class_loss_B=self._classify(examples, states_BD, trend_IS),
+            class_loss_B=class_loss_B,
+            class_probability_BC=class_probability_BC,
         )
         positive = self._positive[examples.class_B]
         report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
@@ -82,8 +97,8 @@ class Prequential:
             index = to_tensor(part, device)
             item_B = to_tensor(examples.item_B[part], device)
             hidden_BI = self._hidden(histories.take(index), item_B, seen and [seen[i] for i in part])
-            sum_ = self._rank(part, histories.take(index), states_BD[index], item_B, hidden_BI, trend_IS, report)
-            mean = sum_ / len(chosen)
+            loss_B = self._rank(part, histories.take(index), states_BD[index], item_B, hidden_BI, standing_IS, report)
+            mean = loss_B.sum() / len(chosen)
             if mean.requires_grad:
                 torch.autograd.backward(mean)
             loss = loss + mean.detach()
@@ -112,36 +127,42 @@ class Prequential:
         states_BD: Tensor,
         item_B: Tensor,
         hidden_BI: Tensor,
-        trend_IS: Tensor,
+        standing_IS: Tensor,
         report: StepReport,
     ) -> Tensor:
         table, network = self._table, self._network
         with torch.no_grad():
-            lift_BI = network.lift(table.transitions(histories.latest_first(TRANSITION_REACH)), table.rows)
+            lifts_BI = network.lifts(table.transitions(histories.latest_first(TRANSITION_REACH)), table.rows)
         weights_BP = network.mixing_weights(histories)
-        scores_BI = network.scores(weights_BP, states_BD, table.column("vector"), trend_IS, lift_BI)
+        scores_BI = network.scores(weights_BP, states_BD, table.column("vector"), standing_IS, lifts_BI)
         # What the user has already is not recommended again: choosing it again cannot be hit, though it can be learned.
         repeated_B = hidden_BI.gather(1, item_B[:, None])[:, 0]
         hidden_BI = hidden_BI.scatter(1, item_B[:, None], False)
         scores_BI = scores_BI.masked_fill(hidden_BI, MASKED)
+        if self.watch is not None:
+            self.watch(part, scores_BI.detach())
         loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
         popularity_BI = table.column("total").masked_fill(hidden_BI, MASKED)
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.item_loss_B[part] = loss_B.detach().cpu().numpy()
         report.rank_B[part] = ranks(scores_BI.detach(), item_B).masked_fill(repeated_B, MISS).cpu().numpy()
         report.popularity_rank_B[part] = ranks(popularity_BI, item_B).masked_fill(repeated_B, MISS).cpu().numpy()
-        return loss_B.sum()
+        return loss_B
 
     @torch.no_grad()
-    def _classify(self, examples: Examples, states_BD: Tensor, trend_IS: Tensor) -> npt.NDArray[np.float64]:
+    def _classify(
+        self, examples: Examples, states_BD: Tensor, standing_IS: Tensor, user_BC: Tensor
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
+        """Return the loss of each example and the probability of each class."""
         device = self._table.device
         item_B = to_tensor(examples.item_B, device)
         context_BC = self._network.context_vectors(to_tensor(examples.context_BP, device))
         vectors_BD = self._table.columns["vector"][item_B]
-        logits_BC = self._network.class_logits(states_BD, vectors_BD, trend_IS[item_B], context_BC)
+        rates_BC = self._network.class_rates(user_BC, self._table.columns["classes"][item_B])
+        logits_BC = self._network.class_logits(states_BD, vectors_BD, standing_IS[item_B], context_BC, rates_BC)
         losses_B = F.cross_entropy(logits_BC, to_tensor(examples.class_B, device), reduction="none")
         # Synchronises with the GPU: what was found leaves for the metrics.
-        return losses_B.cpu().numpy().astype(np.float64)
+        return losses_B.cpu().numpy().astype(np.float64), logits_BC.softmax(-1).cpu().numpy()
 
 
 def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:

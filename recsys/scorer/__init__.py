@@ -1,6 +1,7 @@
 """Scorer: recommend and score against one whole version of the weights."""
 
-from recsys.scorer.query import Answer, Query, ScoredItem, Status
+from recsys.scorer.explanation import Explanation, explain
+from recsys.scorer.query import Answer, Query, ScoredItem, ScoreParts, Status
 from recsys.scorer.scorer import Scorer
 
-__all__ = ["Answer", "Query", "ScoredItem", "Scorer", "Status"]
+__all__ = ["Answer", "Explanation", "Query", "ScoreParts", "ScoredItem", "Scorer", "Status", "explain"]

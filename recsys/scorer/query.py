@@ -21,6 +21,19 @@ class Query:
     filter: CategoryFilter | None = None
     context: Mapping[str, str] = field(default_factory=dict)
     candidates: Sequence[str] | None = None
+    # Whether to tell what the candidates' scores are made of.
+    parts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreParts:
+    """What a score is the sum of."""
+
+    network: float
+    standing: float
+    transitions: float
+    # The weighted log of the expected worth of feedback.
+    worth: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +48,8 @@ class ScoredItem:
     known: bool = True
     # By class name; filled for candidates only.
     class_probabilities: Mapping[str, float] = field(default_factory=dict)
+    # Filled for candidates whose query asks for it.
+    parts: ScoreParts | None = None
 
 
 @dataclass(frozen=True, slots=True)
