@@ -1,7 +1,8 @@
 """Rollback: how long it takes from asking for an earlier version to the first answer that comes from it.
 
 Made-up weights of several sizes: a snapshot, some versions behind it, and then a rollback to one in the middle, while a
-client asks for recommendations all the time. The server is a process of its own. Prints one JSON object.
+client asks for recommendations all the time. The server is a process of its own. Also what a commit of 1,000 changed
+rows weighs and takes, and how long a single command kept the store from all others. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from made_up import changed, made_up_learner, made_up_lineage
+from made_up import changed, longest_commands, made_up_learner, made_up_lineage, watch_commands
 
 from recsys import Client
 from recsys.errors import RecsysError
@@ -32,7 +34,8 @@ PORTS = {"RECSYS_PORT": "50091", "RECSYS_METRICS_PORT": "50092"}
 TARGET = f"127.0.0.1:{PORTS['RECSYS_PORT']}"
 VERSIONS = 20
 ROWS_PER_VERSION = 1000
-START_SECONDS = 60.0
+# Far longer than it takes on a machine with nothing else to do.
+START_SECONDS = 300.0
 PROBE_SECONDS = 0.005
 
 
@@ -91,9 +94,13 @@ def measure(items: int, repeats: int) -> dict[str, Any]:
             payloads = [encode(part) for part in learner.write_all()]
             store.commit(epoch, 0, *payloads, made_up_lineage(settings, 1))
             store.write_snapshot(epoch, 1, *payloads)
+            watch_commands(connection)
+            commits = []
             for version in range(2, VERSIONS + 1):
                 delta = [encode(part) for part in changed(learner, ROWS_PER_VERSION, version)]
+                started = time.monotonic()
                 store.commit(epoch, version - 1, *delta, made_up_lineage(settings, version))
+                commits.append(time.monotonic() - started)
         with server(embedded.url) as client:
             prober = Prober()
             prober.start()
@@ -107,9 +114,14 @@ def measure(items: int, repeats: int) -> dict[str, Any]:
                 answered.append(prober.first_seen[version] - started)
             prober.over.set()
             prober.join()
+        with connect(settings) as connection:
+            longest = longest_commands(connection)
     return {
         "items": items,
         "payload_bytes": sum(map(len, payloads)),
+        "commit_bytes_per_1000_rows": sum(map(len, delta)),
+        "commit_milliseconds_per_1000_rows": round(1000 * statistics.median(commits), 1),
+        "longest_store_commands_milliseconds": longest,
         "rollback_seconds": rounded(asked),
         "rollback_to_first_answer_seconds": rounded(answered),
         "slowest_answer_meanwhile_seconds": round(prober.slowest, 3),

@@ -16,19 +16,22 @@ import time
 from pathlib import Path
 
 import torch
-from made_up import made_up_learner, made_up_lineage
+from made_up import longest_commands, made_up_learner, made_up_lineage, watch_commands
 
 from recsys.settings import load
 from recsys.store.connection import connect
 from recsys.store.embedded import EmbeddedStore
-from recsys.weights import WeightStore, encode
+from recsys.weights import WeightPayload, WeightStore, encode
 from recsys.weights.replica import Replica
 
 KIB = 1024
 
 
-def write(store_url: str, items: int) -> dict[str, int]:
-    """Write a snapshot of `items` items; return the bytes of what servers and of what trainers read."""
+def write(store_url: str, items: int) -> dict[str, object]:
+    """Write a snapshot of `items` items, twice, so that the first is let go of.
+
+    Return the bytes of what servers and of what trainers read, and how long a command kept the store from all others.
+    """
     settings = load({"redis_url": store_url}, environment={})
     with connect(settings) as connection:
         store = WeightStore(connection, settings)
@@ -36,9 +39,17 @@ def write(store_url: str, items: int) -> dict[str, int]:
         served, own = made_up_learner(settings, items).write_all()
         payload, own_payload = encode(served), encode(own)
         # The version itself is small: what it says is of no interest here.
-        store.commit(epoch, 0, b"", b"", made_up_lineage(settings, 1))
-        store.write_snapshot(epoch, 1, payload, own_payload)
-    return {"served_bytes": len(payload), "trainer_bytes": len(own_payload)}
+        empty = encode(WeightPayload())
+        store.commit(epoch, 0, empty, empty, made_up_lineage(settings, 1))
+        watch_commands(connection)
+        for _ in range(2):
+            store.write_snapshot(epoch, 1, payload, own_payload)
+        longest = longest_commands(connection)
+    return {
+        "served_bytes": len(payload),
+        "trainer_bytes": len(own_payload),
+        "longest_store_commands_milliseconds": longest,
+    }
 
 
 def load_here(store_url: str) -> dict[str, float | int]:
@@ -48,10 +59,10 @@ def load_here(store_url: str) -> dict[str, float | int]:
     before = peak_bytes()
     with connect(settings) as connection:
         started, cpu = time.perf_counter(), time.process_time()
-        snapshot = WeightStore(connection, settings).load_snapshot()
+        replica = Replica(settings, torch.device("cpu"))
+        snapshot = WeightStore(connection, settings).load_snapshot(place=replica.place)
         loaded = time.perf_counter()
         assert snapshot is not None
-        replica = Replica(settings, torch.device("cpu"))
         replica.apply(snapshot.payload)
         applied, cpu = time.perf_counter(), time.process_time() - cpu
     return {
@@ -60,7 +71,7 @@ def load_here(store_url: str) -> dict[str, float | int]:
         "seconds": round(applied - started, 3),
         "cpu_seconds": round(cpu, 3),
         "rows": replica.table.rows,
-        "weights_bytes": sum(column.nbytes for column in replica.table.columns.values()),
+        "weights_bytes": sum(replica.table.column(name).nbytes for name in replica.table.columns),
         "peak_bytes_before": before,
         "peak_bytes": peak_bytes(),
     }

@@ -6,6 +6,10 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
 
 from recsys.catalog import CatalogMirror
 from recsys.errors import CorruptWeights, StoreFull, StoreUnavailable
@@ -13,12 +17,18 @@ from recsys.metrics import ServerMetrics
 from recsys.scorer import Scorer
 from recsys.settings import Settings
 from recsys.store.connection import connect
+from recsys.store.v1.weights_pb2 import PayloadHeader
 from recsys.weights import VersionRecord, WeightStore
+from recsys.weights.replica import Replica
 
 # How long one wait for a new version lasts; changes of the catalogue are looked for in between.
 WAIT_SECONDS = 0.5
-# Between attempts while the store is away, has no weights yet, or holds damaged ones.
+# Between attempts while the store is away, has no weights yet, or holds damaged ones. The latter are read again less
+# and less often, unless there is another snapshot.
 RETRY_SECONDS = 0.5
+LONGEST_RETRY_SECONDS = 30.0
+# How often a process looks at the weights that another one keeps up to date.
+LOOK_SECONDS = 0.05
 # More than a store can forget when it crashes.
 VERSIONS_REMEMBERED = 1000
 VERSIONS_AWAITED = 100
@@ -29,7 +39,8 @@ _log = logging.getLogger(__name__)
 class Follower:
     """Follow the store's versions; `ready` is set once the first weights are loaded and warm.
 
-    While the store is away the scorer keeps what it holds.
+    While the store is away the scorer keeps what it holds. Of the processes that share weights one follows the
+    versions; the others look at what it has put in place, and one of them takes over when it goes.
     """
 
     def __init__(self, settings: Settings, scorer: Scorer, mirror: CatalogMirror, metrics: ServerMetrics) -> None:
@@ -41,6 +52,8 @@ class Follower:
         # Chains of the versions that were served, by version.
         self._past: dict[int, bytes] = {}
         self._reason = "start"
+        self._leads = False
+        self._retry_seconds = RETRY_SECONDS
         # Versions whose first answer is still to come, with when their feedback was accepted; where nobody asks, the
         # oldest go unobserved.
         self._awaiting_answer: deque[tuple[int, list[int]]] = deque(maxlen=VERSIONS_AWAITED)
@@ -71,23 +84,50 @@ class Follower:
                 _log.warning("serving the weights that are held: %s", error)
                 self._stopping.wait(RETRY_SECONDS)
             except CorruptWeights as error:
-                self._reason, self._chain = "corrupt", None
                 _log.error("loading the weights anew: %s", error)
-                self._stopping.wait(RETRY_SECONDS)
-            except Exception:
+                self._load_anew("corrupt", str(error))
+            except Exception as error:
                 # A thread that ends in silence would leave the server with weights that grow old.
-                self._reason, self._chain = "other", None
                 _log.exception("loading the weights anew after an unexpected error")
-                self._stopping.wait(RETRY_SECONDS)
+                self._load_anew("other", f"{type(error).__name__}: {error}")
+
+    def _load_anew(self, reason: str, problem: str) -> None:
+        """Give up what follows the version held; wait, longer each time, unless what is retained changes."""
+        self._reason, self._chain, self._scorer.problem = reason, None, problem
+        deadline = time.monotonic() + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, LONGEST_RETRY_SECONDS)
+        retained = self._snapshots()
+        while not self._stopping.wait(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline or self._snapshots() != retained:
+                return
+
+    def _snapshots(self) -> list[str]:
+        """Name the snapshots that are retained; none while that cannot be told."""
+        try:
+            return self._store.snapshot_names()
+        except (StoreUnavailable, CorruptWeights):
+            return []
 
     def step(self, wait_seconds: float) -> bool:
         """Load the newest version if none is held, else apply what followed; False when there is none yet.
+
+        Where another process keeps shared weights up to date, look at what it has put in place.
 
         Raises:
             StoreUnavailable: when the store does not answer.
             CorruptWeights: when what follows is not whole or does not continue the version held.
         """
         self._mirror.refresh()
+        if not self._scorer.leads():
+            self._stopping.wait(min(wait_seconds, LOOK_SECONDS))
+            self._look()
+            return self._scorer.version > 0
+        self._look()
+        if not self._leads:
+            self._leads = True
+            if self._scorer.version:
+                # Another process led before: go on from where it was.
+                self._remember(self._scorer.record)
         if self._chain is None and not self._load():
             return False
         deltas = self._store.read_after(self._scorer.version, wait_seconds, chain=self._chain)
@@ -99,10 +139,22 @@ class Follower:
                 self._awaiting_answer.append((delta.record.version, list(delta.record.accepted_ms)))
             self._scorer.apply(delta.record, delta.payload, _now_ms())
             self._applied(delta.record)
+        self._retry_seconds, self._scorer.problem = RETRY_SECONDS, ""
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        """Take what stands, show it, and be ready when that is the first."""
+        self._scorer.refresh()
+        if not self._scorer.version:
+            return
+        status = self._scorer.status
+        self._metrics.version_applied(
+            status.version, status.committed_ms / 1000, status.applied_ms / 1000, status.items
+        )
         if not self.ready.is_set():
             self._scorer.warm_up()
             self.ready.set()
-        return True
 
     def _check_past(self) -> None:
         """Tell a store that forgot its last second, and will get there again, from one that began anew."""
@@ -112,12 +164,20 @@ class Follower:
 
     def _load(self) -> bool:
         """Put the newest version together beside what is held, and take it when it is newer or another past."""
-        snapshot = self._store.load_snapshot()
+        # A new one for each snapshot that is tried; the last has the columns of the one that is whole.
+        replicas: list[Replica] = []
+
+        def place(header: PayloadHeader) -> Mapping[str, NDArray[Any]]:
+            replicas[:] = [self._scorer.new_replica()]
+            return replicas[0].place(header)
+
+        snapshot = self._store.load_snapshot(place=place)
         first = None if snapshot else next(iter(self._store.read_after(0, count=1)), None)
         found = snapshot or first
         if found is None:
             return False
-        replica = self._scorer.replica_of(found.payload)
+        replica = replicas[0] if snapshot else self._scorer.new_replica()
+        replica.apply(found.payload)
         passed = [found.record]
         try:
             while deltas := self._store.read_after(passed[-1].version, chain=passed[-1].chain):
@@ -137,17 +197,11 @@ class Follower:
         self._scorer.take(last, replica, _now_ms())
         for record in passed:
             self._remember(record)
-        status = self._scorer.status
-        self._metrics.version_applied(
-            status.version, status.committed_ms / 1000, status.applied_ms / 1000, status.items
-        )
         return True
 
     def _applied(self, record: VersionRecord) -> None:
         self._remember(record)
-        status = self._scorer.status
-        applied_ms = status.applied_ms
-        self._metrics.version_applied(record.version, record.committed_ms / 1000, applied_ms / 1000, status.items)
+        applied_ms = self._scorer.status.applied_ms
         accepted_ms = list(record.accepted_ms)
         committed = [max(0, applied_ms - record.committed_ms) / 1000] * len(accepted_ms)
         self._metrics.freshness("committed_to_applied", committed)

@@ -37,6 +37,7 @@ from recsys.store.connection import connect
 from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights import WeightStore
+from recsys.weights.repair import repair
 
 SECONDS = 8
 QUERIES = (
@@ -219,6 +220,21 @@ def test_a_damaged_delta_is_never_half_applied(base: Settings, store: redis.Redi
                 pass
         until(lambda: here.scorer.version == head(base)[0])
         until(lambda: here.answers() == expected(base))
+
+
+def test_a_repair_is_followed_at_once_and_the_damage_told_until_then(base: Settings, store: redis.Redis) -> None:
+    learn(base, 33)
+    last = head(base)[0]
+    for key in store.scan_iter(f"{base.key_prefix}:{{weights}}:chunk:w:{last - 1}:*"):
+        store.setrange(key, 100, b"damage")
+    with following(base) as here:
+        here.follower.start()
+        until(lambda: here.scorer.problem.startswith(f"version {last - 1}: the checksum"))
+        assert here.scorer.version == last - 2
+        repaired = repair(WeightStore(store, base), 0)
+        until(lambda: here.scorer.version == repaired.version)
+        until(lambda: not here.scorer.problem)
+        assert here.answers() == expected(base)
 
 
 def test_whole_deltas_before_a_damaged_one_are_applied(base: Settings, store: redis.Redis) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import redis
 from learning import CPU, append, make_feedback, small, tick
 from prometheus_client import CollectorRegistry
 
-from recsys.errors import NotRetained
+from recsys.cli.app import main
+from recsys.errors import CorruptWeights, NotRetained
 from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.weights import WeightStore, encode
 from recsys.weights.earlier import put_together, roll_back
+from recsys.weights.repair import repair
 from recsys.weights.replica import Replica
 from trainer.daemon import Daemon
 from trainer.metrics import TrainerMetrics
@@ -132,6 +136,84 @@ def test_every_version_is_rebuilt_bit_for_bit(settings: Settings, replay_capacit
             assert rebuilt.equal
             assert rebuilt.version == version
             assert seen[-1] == (rebuilt.versions, rebuilt.versions)
+
+
+@pytest.mark.parametrize("part", ["chunk:w", "chunk:t", "snapshot:w"])
+def test_after_a_repair_all_is_learned_again_from_the_newest_whole_version(
+    settings: Settings, store: redis.Redis, part: str
+) -> None:
+    base = small(settings)
+    weights = WeightStore(store, base)
+    with daemon(base) as made:
+        for turn in range(5):
+            learn(made, 8, first=8 * turn)
+        good, head = weights_of(made), weights.head()
+    assert head is not None
+    whole = head.version if part == "snapshot:w" else head.version - 2
+    damaged = weights.snapshot_versions()[-1] if part == "snapshot:w" else whole + 1
+    if part == "snapshot:w":
+        weights.write_snapshot(weights.acquire(), head.version, *map(encode, put_together(weights, head.version)[1:]))
+        damaged = head.version
+    (key,) = store.scan_iter(f"{base.key_prefix}:{{weights}}:{part}:{damaged}:*")
+    store.setrange(key, 100, b"damage")
+    assert weights.verify().problems
+    if part != "snapshot:w":
+        with pytest.raises(CorruptWeights, match=r"the checksum .* `recsys verify --repair`"), daemon(base):
+            pass
+    record = repair(weights, 5)
+    assert weights.verify().problems == []
+    assert weights.snapshot_versions() == [record.version]
+    if part == "snapshot:w":
+        assert record == head
+    else:
+        assert (record.version, record.kind, record.restored_version) == (head.version + 1, "repair", whole)
+        assert "were damaged" in record.reason
+        assert record.feedback_learned == head.feedback_learned - 16
+    with daemon(base) as again:
+        while again.step():
+            pass
+        assert weights_of(again) == good, "the log gives the same weights again"
+    after = weights.head()
+    assert after is not None
+    assert (after.feedback_learned, after.position) == (head.feedback_learned, head.position)
+
+
+def test_the_command_repairs_only_what_is_wrong(
+    settings: Settings, store: redis.Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = small(settings)
+    command = ["verify", "--repair", "--yes", "--json", "--redis-url", base.redis_url]
+    with daemon(base) as made:
+        learn(made, 8)
+        learn(made, 8, first=8)
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["repair"] == {}
+    head = WeightStore(store, base).head()
+    assert head is not None
+    for key in store.scan_iter(f"{base.key_prefix}:{{weights}}:chunk:w:{head.version}:*"):
+        store.delete(key)
+    assert main(command[:1] + command[3:]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert main(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["problems"] == [problem]
+    assert told["repair"] == {"version": head.version + 1, "restored_version": head.version - 1, "left": []}
+
+
+def test_where_nothing_is_whole_nothing_is_repaired(settings: Settings, store: redis.Redis) -> None:
+    base = small(settings)
+    weights = WeightStore(store, base)
+    with pytest.raises(NotRetained, match="there are no versions yet"):
+        repair(weights, 0)
+    with daemon(base) as made:
+        learn(made, 8)
+    for key in store.scan_iter(f"{base.key_prefix}:{{weights}}:*:w:1:*"):
+        store.delete(key)
+    before = weights.head()
+    with pytest.raises(NotRetained, match="no version is whole"):
+        repair(weights, 0)
+    assert weights.head() == before
+    assert not weights.paused()
 
 
 def test_a_rebuild_with_other_settings_comes_out_otherwise(settings: Settings) -> None:

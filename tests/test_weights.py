@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import struct
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,8 @@ from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.store.v1 import weights_pb2
 from recsys.weights import Lineage, WeightPayload, WeightStore, decode, encode
-from recsys.weights.payload import DTYPES
+from recsys.weights.payload import DTYPES, Receiver
+from recsys.weights.retention import LEAST_SNAPSHOT_BYTES, snapshot_due
 
 CHUNK = 64
 lineage = Lineage("7-0", 640, 64, "digest", {"loss": 0.5}, [1000, 1001], 2000)
@@ -102,7 +104,7 @@ def test_same_content_gives_the_same_bytes_whatever_the_layout() -> None:
     other = np.asfortranarray(values).astype(">f4")
     b = WeightPayload(dense={"y": other, "x": other}, rows=np.array([1, 4], ">i4"), columns={"b": other, "c": other})
     assert encode(a) == encode(b)
-    assert hashlib.blake2b(encode(a), digest_size=16).hexdigest() == "11ac750144fd6b28a672060f35aaf08d"
+    assert hashlib.blake2b(encode(a), digest_size=16).hexdigest() == "7131b49bca732be7e92a7021ad2a689e"
 
 
 @given(st.binary(max_size=200))
@@ -121,39 +123,88 @@ def test_flipped_bits_decode_or_are_corrupt(data: st.DataObject) -> None:
 
 
 def _tensor(**changes: Any) -> weights_pb2.Tensor:
-    return weights_pb2.Tensor(**{"name": "t", "dtype": "int32", "shape": [2], "data": bytes(8), **changes})
+    return weights_pb2.Tensor(**{"name": "t", "dtype": "int32", "shape": [2], **changes})
 
 
 def _ints(*values: int) -> bytes:
     return np.array(values, "<i4").tobytes()
 
 
+def _made(*parts: bytes, **fields: Any) -> bytes:
+    """Put a payload together by hand from a header's fields and the arrays behind it."""
+    header = weights_pb2.PayloadHeader(**fields).SerializeToString()
+    start = b"RWP1" + struct.pack("<I", len(header)) + header
+    return b"".join(part + bytes(-len(part) % 8) for part in (start, *parts))
+
+
+def _items(*ids: str, rows: tuple[int, ...], lengths: tuple[int, ...] | None = None) -> bytes:
+    text = "".join(ids).encode()
+    arrays = (_ints(*rows), _ints(*(lengths or tuple(map(len, ids)))), text)
+    return _made(*arrays, new_items=len(ids), id_bytes=len(text))
+
+
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("data", "says"),
     [
-        ({"dense": [_tensor(dtype="object")]}, "dtype 'object' is not allowed"),
-        ({"dense": [_tensor(dtype="<f4")]}, "dtype '<f4' is not allowed"),
-        ({"dense": [_tensor(shape=[3])]}, "8 bytes for int32 of shape"),
-        ({"dense": [_tensor(shape=[-1, -2])]}, "8 bytes for int32 of shape"),
-        ({"dense": [_tensor(shape=[0, 2**62], data=b"")]}, "tensor 't'"),
-        ({"dense": [_tensor(shape=[2] + [1] * 100)]}, "tensor 't'"),
-        ({"dense": [_tensor(), _tensor()]}, "stands twice"),
-        ({"rows": b"123"}, "3 bytes are no int32"),
-        ({"rows": _ints(-1, 2)}, "rows: negative"),
-        ({"rows": _ints(1, 1)}, "repeated"),
-        ({"rows": _ints(2, 1)}, "not ascending"),
-        ({"rows": _ints(1), "columns": [_tensor()]}, "for 1 rows"),
-        ({"columns": [_tensor(shape=[], data=bytes(4))]}, "for 0 rows"),
-        ({"new_item_ids": ["a"]}, "1 new items have 0 rows"),
-        ({"new_item_ids": ["a"], "new_item_rows": _ints(-1)}, "negative"),
-        ({"new_item_ids": ["a", "a"], "new_item_rows": _ints(1, 2)}, "repeated"),
-        ({"new_item_ids": ["a", "b"], "new_item_rows": _ints(1, 1)}, "repeated"),
+        (_made(bytes(8), dense=[_tensor(dtype="object")]), "dtype 'object' is not allowed"),
+        (_made(bytes(8), dense=[_tensor(dtype="<f4")]), "dtype '<f4' is not allowed"),
+        (_made(bytes(8), dense=[_tensor(shape=[3])]), "16 bytes and 8 follow"),
+        (_made(bytes(8), dense=[_tensor(shape=[2**40])]), "bytes and 8 follow"),
+        (_made(bytes(8), dense=[_tensor(shape=[-1, -2])]), "is none"),
+        (_made(dense=[_tensor(shape=[0, 2**62])]), "tensor 't'"),
+        (_made(bytes(8), dense=[_tensor(shape=[2] + [1] * 100)]), "tensor 't'"),
+        (_made(bytes(16), dense=[_tensor(), _tensor()]), "stands twice"),
+        (_made(rows=-2, id_bytes=8), "bytes and 0 follow"),
+        (_made(_ints(-1, 2), rows=2), "rows: negative"),
+        (_made(_ints(1, 1), rows=2), "repeated"),
+        (_made(_ints(2, 1), rows=2), "not ascending"),
+        (_made(_ints(1), bytes(8), rows=1, columns=[_tensor()]), "for 1 rows"),
+        (_made(bytes(8), columns=[_tensor(shape=[])]), "for 0 rows"),
+        (_items("a", rows=(-1,)), "negative"),
+        (_items("a", "a", rows=(1, 2)), "repeated"),
+        (_items("a", "b", rows=(1, 1)), "repeated"),
+        (_items("a", "b", rows=(2, 1), lengths=(3, -1)), "lengths"),
+        (_items("a", "b", rows=(1, 2), lengths=(1, 2)), "lengths"),
+        (_made(_ints(1), _ints(1), b"\xff", new_items=1, id_bytes=1), "not UTF-8"),
+        (_made(b"", b"", b"a", id_bytes=1), "lengths"),
+        (b"", "0 bytes of 0 are missing"),
+        (b"RWP1", "4 bytes are missing|bytes of 4"),
+        (b"RWP0" + bytes(12), "does not begin as one"),
+        (b"RWP1" + struct.pack("<I", 99), "a header of 99 bytes"),
+        (b"RWP1" + struct.pack("<I", 8) + b"\xff" * 8, "cannot be parsed"),
     ],
 )
-def test_malformed_payload_is_corrupt(fields: dict[str, Any], says: str) -> None:
-    data = weights_pb2.WeightPayload(**fields).SerializeToString()
+def test_malformed_payload_is_corrupt(data: bytes, says: str) -> None:
     with pytest.raises(CorruptWeights, match=says):
         decode(data)
+
+
+@given(payloads(), st.lists(st.integers(1, 40), min_size=1))
+def test_a_payload_comes_in_pieces_of_any_size(payload: WeightPayload, sizes: list[int]) -> None:
+    data, start = encode(payload), 0
+    receiver = Receiver(len(data))
+    for size in itertools.cycle(sizes):
+        receiver.feed(data[start : start + size])
+        start += size
+        if start >= len(data):
+            break
+        with pytest.raises(CorruptWeights, match="are missing"):
+            receiver.payload()
+    assert encode(receiver.payload()) == data
+    with pytest.raises(CorruptWeights, match="more than"):
+        receiver.feed(b"x")
+
+
+def test_columns_are_read_to_where_the_caller_says() -> None:
+    payload = _payload(3)
+    memory = np.zeros((9, 4), np.float32)
+    receiver = Receiver(len(_bytes(3)), lambda header: {"row": memory[: header.rows]})
+    receiver.feed(_bytes(3))
+    found = receiver.payload()
+    np.testing.assert_array_equal(memory[:5], payload.columns["row"])
+    assert not memory[5:].any()
+    assert np.shares_memory(found.columns["row"], memory)
+    assert encode(found) == _bytes(3)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +256,8 @@ def test_chain_hashes_all_that_led_to_a_version(weights: WeightStore) -> None:
     epoch = weights.acquire()
     chain = b""
     for version in (1, 2, 3):
-        parts = [hashlib.blake2b(b, digest_size=16).digest() for b in (_bytes(version), _trainer(version))]
-        chain = hashlib.blake2b(chain + b"".join(parts), digest_size=16).digest()
+        parts = [hashlib.sha256(part).digest()[:16] for part in (_bytes(version), _trainer(version))]
+        chain = hashlib.sha256(chain + b"".join(parts)).digest()[:16]
         assert _commit(weights, epoch, version - 1).chain == chain
 
 
@@ -482,6 +533,50 @@ def test_snapshots_are_retained_and_deltas_behind_the_oldest_trimmed(
         _snapshot(weights, epoch, 4)
     _snapshot(weights, epoch, 7)
     assert weights.snapshot_versions() == [10, 8, 7]
+
+
+def _retained(store: redis.Redis, settings: Settings, versions: int = 12) -> tuple[list[int], list[int], int]:
+    """Commit versions of one size, with a snapshot of every other; return what is retained of both, and the bytes."""
+    weights = WeightStore(store, settings, chunk_bytes=CHUNK)
+    epoch = weights.acquire()
+    for version in range(1, versions + 1):
+        weights.commit(epoch, version - 1, _bytes(9), _trainer(9), lineage)
+        if version % 2 == 0:
+            weights.write_snapshot(epoch, version, _bytes(9), _trainer(9))
+    return weights.snapshot_versions(), [r.version for r in weights.versions(100)], sum(weights.sizes())
+
+
+def test_versions_and_bytes_are_bounded_too(store: redis.Redis, settings: Settings) -> None:
+    one = len(_bytes(9)) + len(_trainer(9))
+    many = settings.model_copy(update={"snapshots_retained": 5})
+    assert _retained(store, many) == ([12, 10, 8, 6, 4], [12, 11, 10, 9, 8, 7, 6, 5], 13 * one)
+    store.flushdb()
+    assert _retained(store, many.model_copy(update={"versions_retained": 5}))[:2] == ([12, 10, 8], [12, 11, 10, 9])
+    store.flushdb()
+    # Three copies with two versions between any two, and as much again as the next copy and its versions may take.
+    bound = many.model_copy(update={"weights_max_bytes": 9 * one})
+    assert _retained(store, bound) == ([12, 10, 8], [12, 11, 10, 9], 7 * one)
+    store.flushdb()
+    assert _retained(store, many.model_copy(update={"weights_max_bytes": 9 * one - 1}))[0] == [12, 10]
+    store.flushdb()
+    assert _retained(store, many.model_copy(update={"weights_max_bytes": 1})) == ([12], [], one)
+
+
+@pytest.mark.parametrize(
+    ("versions", "bytes_", "snapshot_bytes", "due"),
+    [
+        (1, LEAST_SNAPSHOT_BYTES - 1, 0, False),
+        (1, LEAST_SNAPSHOT_BYTES, 0, True),
+        (1, LEAST_SNAPSHOT_BYTES, LEAST_SNAPSHOT_BYTES + 1, False),
+        (2499, 0, 0, False),
+        (2500, 0, 0, True),
+    ],
+)
+def test_a_snapshot_is_due(settings: Settings, versions: int, bytes_: int, snapshot_bytes: int, due: bool) -> None:
+    assert snapshot_due(settings, versions, bytes_, snapshot_bytes) == due
+    own = settings.model_copy(update={"snapshot_every_bytes": 100})
+    assert snapshot_due(own, 1, 99, 1 << 40) is False
+    assert snapshot_due(own, 1, 100, 1 << 40) is True
 
 
 def test_reader_left_behind_by_a_trim_of_everything_is_told(store: redis.Redis, settings: Settings) -> None:

@@ -13,13 +13,13 @@ from recsys.errors import CorruptWeights, FencedOff, SettingsError, StoreFull, S
 from recsys.feedback_log import BEGINNING, FeedbackLog
 from recsys.settings import Settings
 from recsys.weights import Lineage, VersionRecord, WeightStore, encode
+from recsys.weights.retention import snapshot_due
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
 
 # Between attempts while the store is away; doubled up to the longest.
 RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 2.0
-LEAST_SNAPSHOT_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Publisher:
             CorruptWeights: when what the store holds is not whole.
         """
         self.head = VersionRecord(position=BEGINNING)
-        self._since_snapshot = 0
+        self._since_snapshot = self._versions_since_snapshot = 0
         if (current := self._store.epoch()) != self._epoch:
             raise FencedOff(f"epoch {self._epoch} is not the current one: the store is at epoch {current}")
         if (head := self._store.head()) is not None:
@@ -68,7 +68,9 @@ class Publisher:
                         f"the weights in the store were learned with other settings ({error}); use those again, or "
                         "another key_prefix or data_dir"
                     ) from error
-                raise
+                raise CorruptWeights(
+                    f"{error}; `recsys verify --repair` goes back to the newest version that is whole"
+                ) from error
         # Also after a snapshot could not be written.
         self._snapshot_due = not self._store.snapshot_versions()
         self._items = len(learner.table)
@@ -85,6 +87,7 @@ class Publisher:
                 assert delta.trainer_payload is not None
                 learner.restore(delta.payload, delta.trainer_payload)
                 self._since_snapshot += delta.record.bytes + delta.record.trainer_bytes
+                self._versions_since_snapshot += 1
                 self.head = delta.record
         if self.head.version == 0:
             raise CorruptWeights("the store has a head but neither a snapshot nor the deltas from the first version")
@@ -108,9 +111,11 @@ class Publisher:
         bytes_ = self.head.bytes + self.head.trainer_bytes
         self._since_snapshot += bytes_
         self._metrics.version_committed(self.head.version, bytes_, self._clock() - started)
+        self._versions_since_snapshot += 1
         # By default not more often than it is worth: a snapshot of a large table outweighs many deltas.
-        often = self._settings.snapshot_every_bytes or max(LEAST_SNAPSHOT_BYTES, self._snapshot_bytes)
-        if self._snapshot_due or self._since_snapshot >= often:
+        if self._snapshot_due or snapshot_due(
+            self._settings, self._versions_since_snapshot, self._since_snapshot, self._snapshot_bytes
+        ):
             self._snapshot_due = True
             self._snapshot(learner)
         return self.head
@@ -151,7 +156,7 @@ class Publisher:
             self._metrics.store_errors(1)
             _log.warning("no snapshot of version %d: %s", self.head.version, error)
             return
-        self._snapshot_due, self._since_snapshot = False, 0
+        self._snapshot_due, self._since_snapshot, self._versions_since_snapshot = False, 0, 0
         self._snapshot_bytes = len(payload) + len(own_payload)
         self._metrics.snapshot_written(self._snapshot_bytes, self._clock() - started)
 

@@ -14,7 +14,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes", "learning_paused", "retained_versions_from", "retained_bytes", "snapshots")
+    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes", "learning_paused", "retained_versions_from", "retained_bytes", "snapshots", "delta_bytes", "snapshot_bytes", "weights_max_bytes", "weights_problem")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TIME_FIELD_NUMBER: _ClassVar[int]
     APPLIED_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,10 @@ class GetStatusResponse(_message.Message):
     RETAINED_VERSIONS_FROM_FIELD_NUMBER: _ClassVar[int]
     RETAINED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     version: int
     committed_time: _timestamp_pb2.Timestamp
     applied_time: _timestamp_pb2.Timestamp
@@ -47,7 +51,11 @@ class GetStatusResponse(_message.Message):
     retained_versions_from: int
     retained_bytes: int
     snapshots: int
-    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ..., learning_paused: _Optional[bool] = ..., retained_versions_from: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ...) -> None: ...
+    delta_bytes: int
+    snapshot_bytes: int
+    weights_max_bytes: int
+    weights_problem: str
+    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ..., learning_paused: _Optional[bool] = ..., retained_versions_from: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ..., delta_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., weights_max_bytes: _Optional[int] = ..., weights_problem: _Optional[str] = ...) -> None: ...
 
 class ListVersionsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
@@ -139,6 +147,26 @@ class ResumeLearningRequest(_message.Message):
 class ResumeLearningResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ForgetUserRequest(_message.Message):
+    __slots__ = ("user_id",)
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    user_id: str
+    def __init__(self, user_id: _Optional[str] = ...) -> None: ...
+
+class ForgetUserResponse(_message.Message):
+    __slots__ = ("history_entries", "log_records", "unlearned_records", "set_aside_records", "remains")
+    HISTORY_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    LOG_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    UNLEARNED_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    SET_ASIDE_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    REMAINS_FIELD_NUMBER: _ClassVar[int]
+    history_entries: int
+    log_records: int
+    unlearned_records: int
+    set_aside_records: int
+    remains: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, history_entries: _Optional[int] = ..., log_records: _Optional[int] = ..., unlearned_records: _Optional[int] = ..., set_aside_records: _Optional[int] = ..., remains: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListVersionsResponse(_message.Message):
     __slots__ = ("versions", "next_page_token")

@@ -64,6 +64,11 @@ class ModelServiceStub:
                 request_serializer=recsys_dot_v1_dot_model__pb2.ResumeLearningRequest.SerializeToString,
                 response_deserializer=recsys_dot_v1_dot_model__pb2.ResumeLearningResponse.FromString,
                 _registered_method=True)
+        self.ForgetUser = channel.unary_unary(
+                '/recsys.v1.ModelService/ForgetUser',
+                request_serializer=recsys_dot_v1_dot_model__pb2.ForgetUserRequest.SerializeToString,
+                response_deserializer=recsys_dot_v1_dot_model__pb2.ForgetUserResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -114,6 +119,15 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetUser(self, request, context):
+        """Removes what was logged of a user: the history, and the user's records in the feedback log and in quarantine. Reads
+        all of the log, so give it time. Feedback that comes later is that of a new user. When it fails or its deadline
+        passes, part may be removed already: call again; for a user who is not known it does nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -146,6 +160,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.ResumeLearning,
                     request_deserializer=recsys_dot_v1_dot_model__pb2.ResumeLearningRequest.FromString,
                     response_serializer=recsys_dot_v1_dot_model__pb2.ResumeLearningResponse.SerializeToString,
+            ),
+            'ForgetUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetUser,
+                    request_deserializer=recsys_dot_v1_dot_model__pb2.ForgetUserRequest.FromString,
+                    response_serializer=recsys_dot_v1_dot_model__pb2.ForgetUserResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +329,33 @@ class ModelService:
             '/recsys.v1.ModelService/ResumeLearning',
             recsys_dot_v1_dot_model__pb2.ResumeLearningRequest.SerializeToString,
             recsys_dot_v1_dot_model__pb2.ResumeLearningResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recsys.v1.ModelService/ForgetUser',
+            recsys_dot_v1_dot_model__pb2.ForgetUserRequest.SerializeToString,
+            recsys_dot_v1_dot_model__pb2.ForgetUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1brecsys/v1/recommender.proto\x12\trecsys.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"A\n\x0e\x43\x61tegoryFilter\x12\x0e\n\x06\x61ny_of\x18\x01 \x03(\t\x12\x0e\n\x06\x61ll_of\x18\x02 \x03(\t\x12\x0f\n\x07none_of\x18\x03 \x03(\t\"\x85\x02\n\x10RecommendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\x05\x63ount\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10\x65xclude_item_ids\x18\x03 \x03(\t\x12\x12\n\nallow_seen\x18\x04 \x01(\x08\x12)\n\x06\x66ilter\x18\x05 \x01(\x0b\x32\x19.recsys.v1.CategoryFilter\x12\x39\n\x07\x63ontext\x18\x06 \x03(\x0b\x32(.recsys.v1.RecommendRequest.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_count\"d\n\x0fRecommendedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12!\n\x06source\x18\x03 \x01(\x0e\x32\x11.recsys.v1.Source\x12\x0e\n\x06reason\x18\x04 \x01(\t\"j\n\x11RecommendResponse\x12\x19\n\x11recommendation_id\x18\x01 \x01(\t\x12)\n\x05items\x18\x02 \x03(\x0b\x32\x1a.recsys.v1.RecommendedItem\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x98\x01\n\x0cScoreRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08item_ids\x18\x02 \x03(\t\x12\x35\n\x07\x63ontext\x18\x03 \x03(\x0b\x32$.recsys.v1.ScoreRequest.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc2\x01\n\nScoredItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\r\n\x05known\x18\x03 \x01(\x08\x12J\n\x13\x63lass_probabilities\x18\x04 \x03(\x0b\x32-.recsys.v1.ScoredItem.ClassProbabilitiesEntry\x1a\x39\n\x17\x43lassProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"F\n\rScoreResponse\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.recsys.v1.ScoredItem\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x9f\x02\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0f\n\x07item_id\x18\x03 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_class\x18\x04 \x01(\t\x12\x12\n\x05value\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12(\n\x04time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11recommendation_id\x18\x07 \x01(\t\x12\x31\n\x07\x63ontext\x18\x08 \x03(\x0b\x32 .recsys.v1.Feedback.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_value\";\n\x12LogFeedbackRequest\x12%\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x03(\x0b\x32\x13.recsys.v1.Feedback\"d\n\x0e\x46\x65\x65\x64\x62\x61\x63kResult\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x11\n\tduplicate\x18\x03 \x01(\x08\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x0f\n\x07refusal\x18\x05 \x01(\t\"d\n\x13LogFeedbackResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.recsys.v1.FeedbackResult\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\r\x12\x0f\n\x07refused\x18\x03 \x01(\r*`\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSOURCE_NETWORK\x10\x01\x12\x15\n\x11SOURCE_TRANSITION\x10\x02\x12\x13\n\x0fSOURCE_TRENDING\x10\x03\x32\xe6\x01\n\x12RecommenderService\x12\x46\n\tRecommend\x12\x1b.recsys.v1.RecommendRequest\x1a\x1c.recsys.v1.RecommendResponse\x12:\n\x05Score\x12\x17.recsys.v1.ScoreRequest\x1a\x18.recsys.v1.ScoreResponse\x12L\n\x0bLogFeedback\x12\x1d.recsys.v1.LogFeedbackRequest\x1a\x1e.recsys.v1.LogFeedbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1brecsys/v1/recommender.proto\x12\trecsys.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"A\n\x0e\x43\x61tegoryFilter\x12\x0e\n\x06\x61ny_of\x18\x01 \x03(\t\x12\x0e\n\x06\x61ll_of\x18\x02 \x03(\t\x12\x0f\n\x07none_of\x18\x03 \x03(\t\"\x85\x02\n\x10RecommendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\x05\x63ount\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10\x65xclude_item_ids\x18\x03 \x03(\t\x12\x12\n\nallow_seen\x18\x04 \x01(\x08\x12)\n\x06\x66ilter\x18\x05 \x01(\x0b\x32\x19.recsys.v1.CategoryFilter\x12\x39\n\x07\x63ontext\x18\x06 \x03(\x0b\x32(.recsys.v1.RecommendRequest.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_count\"d\n\x0fRecommendedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12!\n\x06source\x18\x03 \x01(\x0e\x32\x11.recsys.v1.Source\x12\x0e\n\x06reason\x18\x04 \x01(\t\"j\n\x11RecommendResponse\x12\x19\n\x11recommendation_id\x18\x01 \x01(\t\x12)\n\x05items\x18\x02 \x03(\x0b\x32\x1a.recsys.v1.RecommendedItem\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x98\x01\n\x0cScoreRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08item_ids\x18\x02 \x03(\t\x12\x35\n\x07\x63ontext\x18\x03 \x03(\x0b\x32$.recsys.v1.ScoreRequest.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc2\x01\n\nScoredItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\r\n\x05known\x18\x03 \x01(\x08\x12J\n\x13\x63lass_probabilities\x18\x04 \x03(\x0b\x32-.recsys.v1.ScoredItem.ClassProbabilitiesEntry\x1a\x39\n\x17\x43lassProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"F\n\rScoreResponse\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.recsys.v1.ScoredItem\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x9b\x01\n\x0e\x45xplainRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0f\n\x07item_id\x18\x02 \x01(\t\x12\x37\n\x07\x63ontext\x18\x03 \x03(\x0b\x32&.recsys.v1.ExplainRequest.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"S\n\nScoreParts\x12\x0f\n\x07network\x18\x01 \x01(\x01\x12\x10\n\x08standing\x18\x02 \x01(\x01\x12\x13\n\x0btransitions\x18\x03 \x01(\x01\x12\r\n\x05worth\x18\x04 \x01(\x01\"x\n\x10HistoryInfluence\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_class\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tinfluence\x18\x04 \x01(\x01\"\x9b\x01\n\x0f\x45xplainResponse\x12#\n\x04item\x18\x01 \x01(\x0b\x32\x15.recsys.v1.ScoredItem\x12$\n\x05parts\x18\x02 \x01(\x0b\x32\x15.recsys.v1.ScoreParts\x12,\n\x07history\x18\x03 \x03(\x0b\x32\x1b.recsys.v1.HistoryInfluence\x12\x0f\n\x07version\x18\x04 \x01(\x03\"\x9f\x02\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0f\n\x07item_id\x18\x03 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_class\x18\x04 \x01(\t\x12\x12\n\x05value\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12(\n\x04time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11recommendation_id\x18\x07 \x01(\t\x12\x31\n\x07\x63ontext\x18\x08 \x03(\x0b\x32 .recsys.v1.Feedback.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_value\";\n\x12LogFeedbackRequest\x12%\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x03(\x0b\x32\x13.recsys.v1.Feedback\"d\n\x0e\x46\x65\x65\x64\x62\x61\x63kResult\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x11\n\tduplicate\x18\x03 \x01(\x08\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x0f\n\x07refusal\x18\x05 \x01(\t\"d\n\x13LogFeedbackResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.recsys.v1.FeedbackResult\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\r\x12\x0f\n\x07refused\x18\x03 \x01(\r*`\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSOURCE_NETWORK\x10\x01\x12\x15\n\x11SOURCE_TRANSITION\x10\x02\x12\x13\n\x0fSOURCE_TRENDING\x10\x03\x32\xa8\x02\n\x12RecommenderService\x12\x46\n\tRecommend\x12\x1b.recsys.v1.RecommendRequest\x1a\x1c.recsys.v1.RecommendResponse\x12:\n\x05Score\x12\x17.recsys.v1.ScoreRequest\x1a\x18.recsys.v1.ScoreResponse\x12@\n\x07\x45xplain\x12\x19.recsys.v1.ExplainRequest\x1a\x1a.recsys.v1.ExplainResponse\x12L\n\x0bLogFeedback\x12\x1d.recsys.v1.LogFeedbackRequest\x1a\x1e.recsys.v1.LogFeedbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,10 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREREQUEST_CONTEXTENTRY']._serialized_options = b'8\001'
   _globals['_SCOREDITEM_CLASSPROBABILITIESENTRY']._loaded_options = None
   _globals['_SCOREDITEM_CLASSPROBABILITIESENTRY']._serialized_options = b'8\001'
+  _globals['_EXPLAINREQUEST_CONTEXTENTRY']._loaded_options = None
+  _globals['_EXPLAINREQUEST_CONTEXTENTRY']._serialized_options = b'8\001'
   _globals['_FEEDBACK_CONTEXTENTRY']._loaded_options = None
   _globals['_FEEDBACK_CONTEXTENTRY']._serialized_options = b'8\001'
-  _globals['_SOURCE']._serialized_start=1595
-  _globals['_SOURCE']._serialized_end=1691
+  _globals['_SOURCE']._serialized_start=2118
+  _globals['_SOURCE']._serialized_end=2214
   _globals['_CATEGORYFILTER']._serialized_start=75
   _globals['_CATEGORYFILTER']._serialized_end=140
   _globals['_RECOMMENDREQUEST']._serialized_start=143
@@ -62,16 +64,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREDITEM_CLASSPROBABILITIESENTRY']._serialized_end=966
   _globals['_SCORERESPONSE']._serialized_start=968
   _globals['_SCORERESPONSE']._serialized_end=1038
-  _globals['_FEEDBACK']._serialized_start=1041
-  _globals['_FEEDBACK']._serialized_end=1328
+  _globals['_EXPLAINREQUEST']._serialized_start=1041
+  _globals['_EXPLAINREQUEST']._serialized_end=1196
+  _globals['_EXPLAINREQUEST_CONTEXTENTRY']._serialized_start=348
+  _globals['_EXPLAINREQUEST_CONTEXTENTRY']._serialized_end=394
+  _globals['_SCOREPARTS']._serialized_start=1198
+  _globals['_SCOREPARTS']._serialized_end=1281
+  _globals['_HISTORYINFLUENCE']._serialized_start=1283
+  _globals['_HISTORYINFLUENCE']._serialized_end=1403
+  _globals['_EXPLAINRESPONSE']._serialized_start=1406
+  _globals['_EXPLAINRESPONSE']._serialized_end=1561
+  _globals['_FEEDBACK']._serialized_start=1564
+  _globals['_FEEDBACK']._serialized_end=1851
   _globals['_FEEDBACK_CONTEXTENTRY']._serialized_start=348
   _globals['_FEEDBACK_CONTEXTENTRY']._serialized_end=394
-  _globals['_LOGFEEDBACKREQUEST']._serialized_start=1330
-  _globals['_LOGFEEDBACKREQUEST']._serialized_end=1389
-  _globals['_FEEDBACKRESULT']._serialized_start=1391
-  _globals['_FEEDBACKRESULT']._serialized_end=1491
-  _globals['_LOGFEEDBACKRESPONSE']._serialized_start=1493
-  _globals['_LOGFEEDBACKRESPONSE']._serialized_end=1593
-  _globals['_RECOMMENDERSERVICE']._serialized_start=1694
-  _globals['_RECOMMENDERSERVICE']._serialized_end=1924
+  _globals['_LOGFEEDBACKREQUEST']._serialized_start=1853
+  _globals['_LOGFEEDBACKREQUEST']._serialized_end=1912
+  _globals['_FEEDBACKRESULT']._serialized_start=1914
+  _globals['_FEEDBACKRESULT']._serialized_end=2014
+  _globals['_LOGFEEDBACKRESPONSE']._serialized_start=2016
+  _globals['_LOGFEEDBACKRESPONSE']._serialized_end=2116
+  _globals['_RECOMMENDERSERVICE']._serialized_start=2217
+  _globals['_RECOMMENDERSERVICE']._serialized_end=2513
 # @@protoc_insertion_point(module_scope)

@@ -120,6 +120,59 @@ class ScoreResponse(_message.Message):
     version: int
     def __init__(self, items: _Optional[_Iterable[_Union[ScoredItem, _Mapping]]] = ..., version: _Optional[int] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("user_id", "item_id", "context")
+    class ContextEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    user_id: str
+    item_id: str
+    context: _containers.ScalarMap[str, str]
+    def __init__(self, user_id: _Optional[str] = ..., item_id: _Optional[str] = ..., context: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ScoreParts(_message.Message):
+    __slots__ = ("network", "standing", "transitions", "worth")
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
+    TRANSITIONS_FIELD_NUMBER: _ClassVar[int]
+    WORTH_FIELD_NUMBER: _ClassVar[int]
+    network: float
+    standing: float
+    transitions: float
+    worth: float
+    def __init__(self, network: _Optional[float] = ..., standing: _Optional[float] = ..., transitions: _Optional[float] = ..., worth: _Optional[float] = ...) -> None: ...
+
+class HistoryInfluence(_message.Message):
+    __slots__ = ("item_id", "feedback_class", "time", "influence")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    INFLUENCE_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    feedback_class: str
+    time: _timestamp_pb2.Timestamp
+    influence: float
+    def __init__(self, item_id: _Optional[str] = ..., feedback_class: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., influence: _Optional[float] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("item", "parts", "history", "version")
+    ITEM_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    item: ScoredItem
+    parts: ScoreParts
+    history: _containers.RepeatedCompositeFieldContainer[HistoryInfluence]
+    version: int
+    def __init__(self, item: _Optional[_Union[ScoredItem, _Mapping]] = ..., parts: _Optional[_Union[ScoreParts, _Mapping]] = ..., history: _Optional[_Iterable[_Union[HistoryInfluence, _Mapping]]] = ..., version: _Optional[int] = ...) -> None: ...
+
 class Feedback(_message.Message):
     __slots__ = ("feedback_id", "user_id", "item_id", "feedback_class", "value", "time", "recommendation_id", "context")
     class ContextEntry(_message.Message):

@@ -44,6 +44,11 @@ class RecommenderServiceStub:
                 request_serializer=recsys_dot_v1_dot_recommender__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=recsys_dot_v1_dot_recommender__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/recsys.v1.RecommenderService/Explain',
+                request_serializer=recsys_dot_v1_dot_recommender__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=recsys_dot_v1_dot_recommender__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.LogFeedback = channel.unary_unary(
                 '/recsys.v1.RecommenderService/LogFeedback',
                 request_serializer=recsys_dot_v1_dot_recommender__pb2.LogFeedbackRequest.SerializeToString,
@@ -70,6 +75,14 @@ class RecommenderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Tells what one item's score for one user is made of, and what each entry of the user's history does to it.
+        UNAVAILABLE when the history cannot be read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LogFeedback(self, request, context):
         """Records what users did. Every feedback in the batch is accepted or refused by itself, in the batch's order.
         An accepted feedback is in the log and in the user's history when this returns.
@@ -90,6 +103,11 @@ def add_RecommenderServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=recsys_dot_v1_dot_recommender__pb2.ScoreRequest.FromString,
                     response_serializer=recsys_dot_v1_dot_recommender__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=recsys_dot_v1_dot_recommender__pb2.ExplainRequest.FromString,
+                    response_serializer=recsys_dot_v1_dot_recommender__pb2.ExplainResponse.SerializeToString,
             ),
             'LogFeedback': grpc.unary_unary_rpc_method_handler(
                     servicer.LogFeedback,
@@ -151,6 +169,33 @@ class RecommenderService:
             '/recsys.v1.RecommenderService/Score',
             recsys_dot_v1_dot_recommender__pb2.ScoreRequest.SerializeToString,
             recsys_dot_v1_dot_recommender__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/recsys.v1.RecommenderService/Explain',
+            recsys_dot_v1_dot_recommender__pb2.ExplainRequest.SerializeToString,
+            recsys_dot_v1_dot_recommender__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

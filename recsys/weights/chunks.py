@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, cast
 
 import redis
 
 from recsys.errors import CorruptWeights
 from recsys.store.v1.weights_pb2 import VersionRecord
-from recsys.weights.record import Record, checksum
+from recsys.weights.payload import Place, Receiver, WeightPayload
+from recsys.weights.record import Checksum, Record, checksum
 
 CHUNK_BYTES = 1 << 20
 # How long staged chunks wait for their script. Far longer than staging the largest snapshot takes.
@@ -59,15 +61,36 @@ class Chunks:
             pipeline.execute()
         return keys
 
-    def read(self, record: Record, part: Part) -> bytes:
-        """Put one payload together.
+    def read(self, record: Record, part: Part, place: Place | None = None) -> WeightPayload:
+        """Read one payload, its arrays straight to where they stay; `place` may say where that is for its columns.
 
         Raises:
-            CorruptWeights: when a chunk is gone or the bytes differ from those that were written.
+            CorruptWeights: when a chunk is gone or the bytes differ from those that were written; what `place` gave is
+                then of no use.
         """
-        expected = record.checksum if part == "w" else record.trainer_checksum
+        expected, size = (
+            (record.checksum, record.bytes) if part == "w" else (record.trainer_checksum, record.trainer_bytes)
+        )
+        receiver, found, problem = Receiver(size, place), Checksum(), ""
+        for pieces in self._hashed(found, self._pieces(record, part)):
+            try:
+                for piece in () if problem else pieces:
+                    receiver.feed(piece)
+            except CorruptWeights as error:
+                # Reading goes on: bytes that are damaged are one thing, bytes that were written so another.
+                problem = str(error)
+        if found.digest() != expected:
+            raise CorruptWeights(f"version {record.version}: the checksum of {size} bytes is wrong")
+        try:
+            if problem:
+                raise CorruptWeights(problem)
+            return receiver.payload()
+        except CorruptWeights as error:
+            raise CorruptWeights(f"version {record.version}: {error}") from None
+
+    def _pieces(self, record: Record, part: Part) -> Iterator[list[bytes]]:
+        """Read the chunks, a few at a time."""
         keys = list(self._keys(record, part))
-        chunks: list[bytes] = []
         for start in range(0, len(keys), CHUNKS_PER_PIPELINE):
             pipeline = self._client.pipeline(transaction=False)
             for key in keys[start : start + CHUNKS_PER_PIPELINE]:
@@ -76,11 +99,25 @@ class Chunks:
             if None in found:
                 missing = start + found.index(None)
                 raise CorruptWeights(f"version {record.version}: chunk {missing + 1} of {len(keys)} is gone")
-            chunks.extend(cast("list[bytes]", found))
-        data = b"".join(chunks)
-        if checksum(data) != expected:
-            raise CorruptWeights(f"version {record.version}: the checksum of {len(data)} bytes is wrong")
-        return data
+            yield cast("list[bytes]", found)
+
+    @staticmethod
+    def _hashed(into: Checksum, batches: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
+        """Hash batches, all but the last in a thread of its own while the next is on its way; at most two are held."""
+        held: list[bytes] = []
+        with ThreadPoolExecutor(1) as executor:
+            last: Future[None] | None = None
+            for batch in batches:
+                if last is not None:
+                    last.result()
+                if held:
+                    last = executor.submit(into.update, held)
+                    yield held
+                held = batch
+            if last is not None:
+                last.result()
+            into.update(held)
+            yield held
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove chunks in bounded slices; those already gone do not matter."""

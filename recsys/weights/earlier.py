@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.errors import FencedOff, NotRetained, OtherVersionCameFirst
+from recsys.errors import CorruptWeights, FencedOff, NotRetained, OtherVersionCameFirst
 from recsys.quarantine import Quarantine
-from recsys.store.v1.weights_pb2 import VersionRecord
-from recsys.weights.payload import WeightPayload, encode
+from recsys.store.v1.weights_pb2 import PayloadHeader, VersionRecord
+from recsys.weights.payload import DTYPES, NewItems, WeightPayload, encode
 from recsys.weights.record import Lineage, LogRange
 from recsys.weights.store import WeightStore
 
 # The kind of a version that a rollback made.
 ROLLBACK = "rollback"
+DELTAS_AT_ONCE = 16
+# The kind of a version whose content was fitted to a file.
+FITTED = "fitted"
 # Times that a rollback is tried while trainers commit in between. They are told to hold still, so what still comes is
 # what they have read already, or a trainer that starts.
 ATTEMPTS = 10
@@ -33,18 +36,31 @@ class _Whole:
     def __init__(self) -> None:
         self._dense: Mapping[str, NDArray[Any]] = {}
         self._columns: dict[str, NDArray[Any]] = {}
-        self._items: list[tuple[str, int]] = []
+        self._placed: dict[str, NDArray[Any]] = {}
+        # Those of rows 1, 2 and so on.
+        self._item_ids: list[str] = []
         self._rows = 0
+
+    def place(self, header: PayloadHeader) -> Mapping[str, NDArray[Any]]:
+        """Give the memory that a whole payload's columns are read to, so that they need not be copied to be changed."""
+        rows = header.rows
+        self._placed = {
+            column.name: np.zeros((_with_room(rows), *column.shape[1:]), DTYPES[column.dtype])
+            for column in header.columns
+        }
+        return {name: column[:rows] for name, column in self._placed.items()}
 
     def apply(self, payload: WeightPayload, kept: int, rows: int) -> None:
         """Move on to the version that `payload` leads to; `kept` rows of the item table stay, `rows` it has then."""
         self._dense = payload.dense
         if payload.whole:
-            self._items = list(payload.new_items)
-            self._columns = dict(payload.columns)
+            self._item_ids = NewItems.of(payload.new_items).ids
+            self._columns = {**payload.columns, **self._placed}
+            self._placed = {}
         else:
-            del self._items[max(0, kept - 1) :]
-            self._items.extend(payload.new_items)
+            new = NewItems.of(payload.new_items).ids
+            if new or kept < self._rows:
+                self._item_ids = self._item_ids[: max(0, kept - 1)] + new
             for name, values in payload.columns.items():
                 column = self._writable(name, rows)
                 column[kept : self._rows] = 0
@@ -55,16 +71,21 @@ class _Whole:
         """Return all of it."""
         rows = np.arange(self._rows, dtype=np.int32)
         columns = {name: column[: self._rows] for name, column in self._columns.items()}
-        return WeightPayload(self._dense, rows, columns, self._items, whole=True)
+        items = NewItems(self._item_ids, range(1, 1 + len(self._item_ids)))
+        return WeightPayload(self._dense, rows, columns, items, whole=True)
 
     def _writable(self, name: str, rows: int) -> NDArray[Any]:
         column = self._columns[name]
         if len(column) < rows or not column.flags.writeable:
-            # With room to spare: every version may bring new items.
-            grown = np.zeros((max(rows, len(column) * 9 // 8), *column.shape[1:]), column.dtype)
+            grown = np.zeros((_with_room(rows), *column.shape[1:]), column.dtype)
             grown[: self._rows] = column[: self._rows]
             self._columns[name] = column = grown
         return column
+
+
+def _with_room(rows: int) -> int:
+    """Leave room: every version may bring new items."""
+    return rows * 9 // 8
 
 
 class _Since:
@@ -100,12 +121,12 @@ class _Since:
             return served, own
         changed = np.unique(np.concatenate([*self._changed, np.empty(0, np.int32)]))
         rows = np.concatenate([changed[changed < self._kept], served.rows[self._kept :]])
-        new_items = served.new_items[self._kept - 1 :]
-        return _some_rows(served, rows, self._kept, new_items), _some_rows(own, rows, self._kept, [])
+        new_items = NewItems.of(served.new_items)[self._kept - 1 :]
+        return _some_rows(served, rows, self._kept, new_items), _some_rows(own, rows, self._kept, ())
 
 
 def _some_rows(
-    whole: WeightPayload, rows: NDArray[np.int32], kept: int, new_items: list[tuple[str, int]]
+    whole: WeightPayload, rows: NDArray[np.int32], kept: int, new_items: Sequence[tuple[str, int]]
 ) -> WeightPayload:
     columns = {name: column[rows] for name, column in whole.columns.items()}
     return WeightPayload(whole.dense, rows, columns, new_items, kept_rows=kept)
@@ -118,17 +139,52 @@ def put_together(store: WeightStore, version: int) -> tuple[VersionRecord, Weigh
         NotRetained: when the version is not kept (any more).
         CorruptWeights: when what it is made of is not whole.
     """
+    record, served, own, damage = _follow(store, version)
+    if damage is not None:
+        raise damage
+    if record.version != version:
+        raise NotRetained(f"version {version} is not retained; {describe_retained(store)}")
+    return record, served, own
+
+
+def newest_whole(store: WeightStore) -> tuple[VersionRecord, WeightPayload, WeightPayload]:
+    """Return the newest version that can be put together, as put_together does.
+
+    Raises:
+        NotRetained: when there is none.
+    """
+    try:
+        record, served, own, damage = _follow(store, None)
+    except CorruptWeights as error:
+        raise NotRetained(f"no version is whole: {error}") from error
+    if not record.version:
+        raise NotRetained(f"no version is whole: {damage}" if damage else "there are no versions yet")
+    return record, served, own
+
+
+def _follow(
+    store: WeightStore, version: int | None
+) -> tuple[VersionRecord, WeightPayload, WeightPayload, CorruptWeights | None]:
+    """Put together `version`, or the last one, or the one before the damage that is then returned too."""
     served, own = _Whole(), _Whole()
-    snapshot = store.load_snapshot(trainer=True, at_most=version)
+    snapshot = store.load_snapshot(trainer=True, at_most=version, place=served.place)
+    damage: CorruptWeights | None = None
     record = VersionRecord()
     rows = 0
     if snapshot is not None and snapshot.trainer_payload is not None:
         record, rows = snapshot.record, len(snapshot.payload.rows)
         served.apply(snapshot.payload, 0, rows)
         own.apply(snapshot.trainer_payload, 0, rows)
-    while record.version < version:
-        wanted = version - record.version
-        deltas = store.read_after(record.version, count=min(wanted, 16), chain=record.chain or None, trainer=True)
+    if snapshot is None and store.snapshot_versions():
+        # What the oldest snapshot stands for is gone.
+        raise NotRetained(f"version {version} is not retained; {describe_retained(store)}")
+    while version is None or record.version < version:
+        wanted = DELTAS_AT_ONCE if version is None else min(version - record.version, DELTAS_AT_ONCE)
+        try:
+            deltas = store.read_after(record.version, count=wanted, chain=record.chain or None, trainer=True)
+        except CorruptWeights as error:
+            damage = error
+            break
         if not deltas:
             break
         for delta in deltas:
@@ -138,9 +194,7 @@ def put_together(store: WeightStore, version: int) -> tuple[VersionRecord, Weigh
             served.apply(delta.payload, kept, rows)
             own.apply(delta.trainer_payload, kept, rows)
             record = delta.record
-    if record.version != version:
-        raise NotRetained(f"version {version} is not retained; {describe_retained(store)}")
-    return record, served.payload(), own.payload()
+    return record, served.payload(), own.payload(), damage
 
 
 def describe_retained(store: WeightStore) -> str:

@@ -1,27 +1,74 @@
 """WeightPayload: a full copy or a change of the weights, to and from bytes.
 
 The same content gives the same bytes everywhere; bytes that are not a payload give CorruptWeights and nothing else.
+A header says what follows; behind it stand the arrays as they are in memory, little-endian, each at a multiple of
+eight bytes, so that they are read straight to where they stay.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from recsys.errors import CorruptWeights
-from recsys.store.v1 import weights_pb2
+from recsys.store.v1.weights_pb2 import PayloadHeader, Tensor
 
 # What may stand in a payload. An allow-list: a dtype from the store must never name an object or a structure.
 DTYPES = {
     name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "float16", "int32", "int64", "uint8")
 }
 ROW = DTYPES["int32"]
+# What the bytes begin with, and the length of the header behind it.
+_START = struct.Struct("<4sI")
+_MAGIC = b"RWP1"
+_ALIGNMENT = 8
+
+# Asked for the memory that columns of a whole payload are to be read to; those left out get memory of their own.
+Place = Callable[[PayloadHeader], Mapping[str, NDArray[Any]]]
+
+
+class NewItems(Sequence[tuple[str, int]]):
+    """Hold items with the rows they got, (item_id, row), without an object for each."""
+
+    def __init__(self, ids: list[str], rows: Sequence[int] | NDArray[np.int32]) -> None:
+        self.ids = ids
+        self.rows = np.asarray(rows, ROW)
+
+    @classmethod
+    def of(cls, items: Sequence[tuple[str, int]]) -> NewItems:
+        """Return the same items in this form."""
+        return items if isinstance(items, cls) else cls([i for i, _ in items], [row for _, row in items])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> NewItems: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, int] | NewItems:
+        if isinstance(index, slice):
+            return NewItems(self.ids[index], self.rows[index])
+        return self.ids[index], int(self.rows[index])
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return zip(self.ids, self.rows.tolist(), strict=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # equal to lists, which have none
+
+    def continue_from(self, first: int) -> bool:
+        """Tell whether the rows are `first`, `first` + 1 and so on."""
+        return bool(np.array_equal(self.rows, np.arange(first, first + len(self.ids), dtype=ROW)))
 
 
 def _no_rows() -> NDArray[np.int32]:
@@ -41,7 +88,7 @@ class WeightPayload:
     dense: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     rows: NDArray[np.int32] = field(default_factory=_no_rows)
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    new_items: list[tuple[str, int]] = field(default_factory=list)
+    new_items: Sequence[tuple[str, int]] = ()
     whole: bool = False
     kept_rows: int = 0
 
@@ -59,44 +106,131 @@ def encode(payload: WeightPayload) -> bytes:
         raise ValueError(f"rows: {payload.rows.ndim} axes of {payload.rows.dtype.name}, not one of int32")
     if problem := _problem(payload):
         raise ValueError(problem)
-    message = weights_pb2.WeightPayload(
-        dense=_pack(payload.dense),
-        rows=payload.rows.astype(ROW, copy=False).tobytes(),
-        columns=_pack(payload.columns),
-        new_item_ids=[item_id for item_id, _ in payload.new_items],
-        new_item_rows=np.array([row for _, row in payload.new_items], ROW).tobytes(),
+    items = NewItems.of(payload.new_items)
+    text = "".join(items.ids).encode()
+    header = PayloadHeader(
+        rows=len(payload.rows),
+        new_items=len(items),
+        id_bytes=len(text),
+        dense=_describe(payload.dense),
+        columns=_describe(payload.columns),
         whole=payload.whole,
         kept_rows=payload.kept_rows,
     )
-    return message.SerializeToString(deterministic=True)
+    arrays = [payload.rows, items.rows, np.fromiter(map(len, items.ids), ROW, len(items)), np.frombuffer(text, "u1")]
+    arrays += [tensors[name] for tensors in (payload.dense, payload.columns) for name in sorted(tensors)]
+    packed = header.SerializeToString(deterministic=True)
+    parts: list[bytes | memoryview] = [_START.pack(_MAGIC, len(packed)), packed]
+    parts.append(bytes(-(_START.size + len(packed)) % _ALIGNMENT))
+    for array in arrays:
+        plain = np.ascontiguousarray(array, DTYPES[array.dtype.name])
+        parts += [_view(plain), bytes(-plain.nbytes % _ALIGNMENT)]
+    return b"".join(parts)
 
 
 def decode(data: bytes) -> WeightPayload:
-    """Unpack a payload; the arrays are read-only views of the bytes.
+    """Unpack a payload; the arrays are read-only.
 
     Raises:
         CorruptWeights: whatever is wrong with the bytes.
     """
-    try:
-        message = weights_pb2.WeightPayload.FromString(data)
-    except DecodeError as error:
-        raise CorruptWeights(f"the payload cannot be parsed: {error}") from None
-    # The message is a copy, and so are the arrays: three would be held at once.
-    del data
-    new_rows = _unpack_rows("new_item_rows", message.new_item_rows)
-    if len(new_rows) != len(message.new_item_ids):
-        raise CorruptWeights(f"{len(message.new_item_ids)} new items have {len(new_rows)} rows")
-    payload = WeightPayload(
-        dense=_unpack(message.dense),
-        rows=_unpack_rows("rows", message.rows),
-        columns=_unpack(message.columns),
-        new_items=list(zip(message.new_item_ids, new_rows.tolist(), strict=True)),
-        whole=message.whole,
-        kept_rows=message.kept_rows,
-    )
-    if problem := _problem(payload):
-        raise CorruptWeights(problem)
-    return payload
+    receiver = Receiver(len(data))
+    receiver.feed(data)
+    return receiver.payload()
+
+
+class Receiver:
+    """Take the `size` bytes of a payload piece by piece, each array's straight to where it stays.
+
+    Every method raises CorruptWeights whatever is wrong with the bytes.
+    """
+
+    def __init__(self, size: int, place: Place | None = None) -> None:
+        self._size, self._place = size, place
+        self._start = b""
+        self._header: PayloadHeader | None = None
+        self._missing = size
+        # Where the bytes behind the header go, in their order; which of these is being filled, and how far.
+        self._targets: list[memoryview] = []
+        self._target = self._filled = 0
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next bytes."""
+        if len(piece) > self._missing:
+            raise CorruptWeights(f"there are more than {self._size} bytes")
+        self._missing -= len(piece)
+        view = memoryview(piece)
+        if self._header is None:
+            self._start += piece
+            if (length := self._header_length()) is None:
+                return
+            view = memoryview(self._start)[length:]
+            self._read_header(self._start[_START.size : length], self._size - length)
+            self._start = b""
+        while len(view):
+            target = self._targets[self._target]
+            part = view[: len(target) - self._filled]
+            target[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == len(target):
+                self._target, self._filled = self._target + 1, 0
+
+    def payload(self) -> WeightPayload:
+        """Return what all the bytes make."""
+        if self._header is None or self._missing:
+            raise CorruptWeights(f"{self._missing} bytes of {self._size} are missing")
+        rows, new_rows, lengths, text = self._fixed
+        payload = WeightPayload(
+            dense=self._dense,
+            rows=rows,
+            columns=self._columns,
+            new_items=NewItems(_split(text, lengths), new_rows),
+            whole=self._header.whole,
+            kept_rows=self._header.kept_rows,
+        )
+        if problem := _problem(payload):
+            raise CorruptWeights(problem)
+        for array in (rows, *self._dense.values(), *(self._columns[name] for name in self._own)):
+            array.flags.writeable = False
+        return payload
+
+    def _header_length(self) -> int | None:
+        """Return where the arrays begin, once the header is there."""
+        if len(self._start) < _START.size:
+            return None
+        magic, length = _START.unpack_from(self._start)
+        if magic != _MAGIC:
+            raise CorruptWeights("the payload does not begin as one of this version of the software does")
+        end = _START.size + length
+        end += -end % _ALIGNMENT
+        if end > self._size:
+            raise CorruptWeights(f"a header of {length} bytes does not fit {self._size}")
+        return end if len(self._start) >= end else None
+
+    def _read_header(self, packed: bytes, left: int) -> None:
+        try:
+            # Without the padding behind it.
+            header = PayloadHeader.FromString(packed[: _START.unpack_from(self._start)[1]])
+        except DecodeError as error:
+            raise CorruptWeights(f"the payload cannot be parsed: {error}") from None
+        counts = (header.rows, header.new_items, header.new_items, header.id_bytes)
+        dense, columns = _shapes(header.dense), _shapes(header.columns)
+        # Before anything is allocated: what a header asks for must be what follows.
+        needed = sum(_padded(count * size) for count, size in zip(counts, (4, 4, 4, 1), strict=True))
+        shapes = (*dense.values(), *columns.values())
+        needed += sum(_padded(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes)
+        if min(counts) < 0 or needed != left:
+            raise CorruptWeights(f"the header tells of {needed} bytes and {left} follow")
+        placed = self._place(header) if self._place is not None else {}
+        self._own = [name for name in columns if name not in placed]
+        self._fixed = [np.empty(n, dtype) for n, dtype in zip(counts, (ROW, ROW, ROW, DTYPES["uint8"]), strict=True)]
+        self._dense = {name: _empty(name, *each) for name, each in dense.items()}
+        self._columns = {name: placed[name] if name in placed else _empty(name, *columns[name]) for name in columns}
+        for array in (*self._fixed, *self._dense.values(), *self._columns.values()):
+            padding = memoryview(bytearray(-array.nbytes % _ALIGNMENT))
+            self._targets += [each for each in (_view(array), padding) if len(each)]
+        self._header = header
 
 
 def _problem(payload: WeightPayload) -> str | None:
@@ -107,46 +241,58 @@ def _problem(payload: WeightPayload) -> str | None:
     for name, column in payload.columns.items():
         if column.ndim == 0 or len(column) != len(rows):
             return f"column {name!r}: shape {column.shape} for {len(rows)} rows"
-    new_rows = {row for _, row in payload.new_items}
-    if min(new_rows, default=0) < 0:
+    items = NewItems.of(payload.new_items)
+    if len(items) and items.rows.min() < 0:
         return "new items: a row is negative"
-    if not len(payload.new_items) == len(new_rows) == len({item_id for item_id, _ in payload.new_items}):
+    # The usual case first: it needs no sorting.
+    distinct = len(items) if np.all(items.rows[1:] > items.rows[:-1]) else len(np.unique(items.rows))
+    if not len(items) == distinct == len(set(items.ids)):
         return "new items: an item or a row is repeated"
     if payload.kept_rows < 0 or (payload.kept_rows and payload.whole):
         return f"kept rows: {payload.kept_rows}{' of what is dropped' if payload.whole else ''}"
     return None
 
 
-def _pack(tensors: Mapping[str, NDArray[Any]]) -> list[weights_pb2.Tensor]:
-    return [
-        weights_pb2.Tensor(
-            name=name,
-            dtype=tensor.dtype.name,
-            shape=tensor.shape,
-            data=tensor.astype(DTYPES[tensor.dtype.name], copy=False).tobytes(),
-        )
-        for name, tensor in sorted(tensors.items())
-    ]
+def _describe(tensors: Mapping[str, NDArray[Any]]) -> list[Tensor]:
+    return [Tensor(name=name, dtype=tensor.dtype.name, shape=tensor.shape) for name, tensor in sorted(tensors.items())]
 
 
-def _unpack(tensors: Iterable[weights_pb2.Tensor]) -> dict[str, NDArray[Any]]:
-    unpacked: dict[str, NDArray[Any]] = {}
+def _shapes(tensors: Iterable[Tensor]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
     for tensor in tensors:
-        if tensor.name in unpacked:
+        if tensor.name in shapes:
             raise CorruptWeights(f"tensor {tensor.name!r} stands twice")
-        dtype, shape, data = DTYPES.get(tensor.dtype), tuple(tensor.shape), tensor.data
-        if dtype is None:
+        if tensor.dtype not in DTYPES:
             raise CorruptWeights(f"tensor {tensor.name!r}: dtype {tensor.dtype!r} is not allowed")
-        if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(data):
-            raise CorruptWeights(f"tensor {tensor.name!r}: {len(data)} bytes for {tensor.dtype} of shape {shape}")
-        try:
-            unpacked[tensor.name] = np.ndarray(shape, dtype, buffer=data)
-        except ValueError as error:  # more axes, or longer ones beside an empty one, than numpy has
-            raise CorruptWeights(f"tensor {tensor.name!r}: {error}") from None
-    return unpacked
+        if any(size < 0 for size in tensor.shape):
+            raise CorruptWeights(f"tensor {tensor.name!r}: shape {list(tensor.shape)} is none")
+        shapes[tensor.name] = tuple(tensor.shape), DTYPES[tensor.dtype]
+    return shapes
 
 
-def _unpack_rows(name: str, data: bytes) -> NDArray[np.int32]:
-    if len(data) % ROW.itemsize:
-        raise CorruptWeights(f"{name}: {len(data)} bytes are no int32")
-    return np.ndarray(len(data) // ROW.itemsize, ROW, buffer=data)
+def _empty(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    try:
+        return np.empty(shape, dtype)
+    except ValueError as error:  # more axes, or longer ones beside an empty one, than numpy has
+        raise CorruptWeights(f"tensor {name!r}: {error}") from None
+
+
+def _split(text: NDArray[np.uint8], lengths: NDArray[np.int32]) -> list[str]:
+    """Cut UTF-8 into strings of these lengths, in characters."""
+    try:
+        whole = text.tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise CorruptWeights(f"the new items' ids are not UTF-8: {error.reason}") from None
+    if np.any(lengths < 0) or int(lengths.sum(dtype=np.int64)) != len(whole):
+        raise CorruptWeights("the new items' ids do not have the lengths that they should have")
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    return [whole[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=False)]
+
+
+def _padded(size: int) -> int:
+    return size + -size % _ALIGNMENT
+
+
+def _view(array: NDArray[Any]) -> memoryview:
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat) if array.size else memoryview(b"")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from recsys.store.v1.weights_pb2 import SnapshotRecord, VersionRecord
 
 Record = VersionRecord | SnapshotRecord
 M = TypeVar("M", bound=Message)
+CHECKSUM_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,30 @@ class Lineage:
     reason: str = ""
 
 
+class Checksum:
+    """Hash a payload piece by piece.
+
+    The first 16 bytes of SHA-256: processors have instructions for it, which make it twice as fast as BLAKE2b.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, pieces: Iterable[bytes]) -> None:
+        """Go on with these."""
+        for piece in pieces:
+            self._hash.update(piece)
+
+    def digest(self) -> bytes:
+        """Return the hash of all so far."""
+        return self._hash.digest()[:CHECKSUM_BYTES]
+
+
 def checksum(data: bytes) -> bytes:
     """Hash a payload."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+    whole = Checksum()
+    whole.update([data])
+    return whole.digest()
 
 
 def extend_chain(parent_chain: bytes, record: VersionRecord) -> bytes:

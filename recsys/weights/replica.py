@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.errors import CorruptWeights
 from recsys.item_table import ItemTable
 from recsys.network import RecommendationNetwork, build_network
 from recsys.settings import Settings
-from recsys.weights.payload import WeightPayload
+from recsys.store.v1.weights_pb2 import PayloadHeader
+from recsys.weights.payload import NewItems, WeightPayload
 
 # The item table's clock travels among the dense tensors.
 CLOCK = "item_table.clock"
-SERVED_COLUMNS = ("vector", "trend", "touched", "total", "successor", "successor_weight")
+SERVED_COLUMNS = ("vector", "trend", "touched", "first", "total", "classes", "successor", "successor_weight")
 
 
 class Replica:
@@ -26,19 +29,42 @@ class Replica:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.device = device
         self.network: RecommendationNetwork = build_network(settings).to(device)
-        self.table = ItemTable(settings.dimension, settings.successors, device, settings.seed)
+        self.table = ItemTable(settings.dimension, settings.successors, device, settings.seed, len(settings.classes))
+        self._placed: Mapping[str, NDArray[Any]] = {}
 
     def write(self, rows: Tensor, new_items: Sequence[tuple[str, int]]) -> WeightPayload:
         """Write all dense tensors and the given rows (ascending) with the items that got one."""
         dense = {name: to_array(tensor) for name, tensor in self.network.state_dict().items()}
         dense[CLOCK] = np.array([self.table.clock], np.int64)
         columns = {name: to_array(self.table.columns[name][rows]) for name in SERVED_COLUMNS}
-        return WeightPayload(dense, rows.cpu().numpy().astype(np.int32), columns, list(new_items))
+        return WeightPayload(dense, rows.cpu().numpy().astype(np.int32), columns, NewItems.of(new_items))
 
     def write_all(self) -> WeightPayload:
         """Write everything."""
         table = self.table
         return replace(self.write(torch.arange(table.rows, device=self.device), items_of(table)), whole=True)
+
+    def place(self, header: PayloadHeader) -> Mapping[str, NDArray[Any]]:
+        """Give the memory that the columns of a whole payload are read to: this replica's own, which must be new.
+
+        Apply the payload next, or throw the replica away.
+
+        Raises:
+            CorruptWeights: when the columns do not fit.
+        """
+        found = {column.name: ((*column.shape,), f"torch.{column.dtype}") for column in header.columns}
+        table = self.table
+        expected = {
+            name: ((header.rows, *table.columns[name].shape[1:]), str(table.columns[name].dtype))
+            for name in SERVED_COLUMNS
+        }
+        if found != expected:
+            raise CorruptWeights(f"columns {sorted(found)} of {header.rows} rows do not fit")
+        if header.whole and self.device.type == "cpu":
+            # With room to spare: memory that nothing is written to costs nothing, moving a full table does.
+            table.reserve(header.rows + header.rows // 8)
+            self._placed = {name: table.columns[name][: header.rows].numpy() for name in SERVED_COLUMNS}
+        return self._placed
 
     def check(self, payload: WeightPayload) -> None:
         """Refuse a payload that does not fit this network and table; nothing is changed.
@@ -62,10 +88,13 @@ class Replica:
             raise CorruptWeights(f"{rows} rows are to stay of the {self.table.rows} in use")
         if len(payload.rows) and payload.rows[-1] >= rows + len(payload.new_items):
             raise CorruptWeights(f"row {payload.rows[-1]} is not in use")
-        if [row for _, row in payload.new_items] != list(range(rows, rows + len(payload.new_items))):
+        items = NewItems.of(payload.new_items)
+        if not items.continue_from(rows):
             raise CorruptWeights(f"new items do not continue the {rows} rows in use")
-        if rows > 1 and any(0 < self.table.row(item_id) < rows for item_id, _ in payload.new_items):
+        if rows > 1 and any(0 < self.table.row(item_id) < rows for item_id in items.ids):
             raise CorruptWeights("a new item already has a row")
+        if self._placed and not np.array_equal(payload.rows, np.arange(rows + len(items), dtype=np.int32)):
+            raise CorruptWeights("a whole version lacks rows")
 
     def apply(self, payload: WeightPayload) -> None:
         """Move to the version that the payload leads to, whole or not at all.
@@ -74,23 +103,25 @@ class Replica:
             CorruptWeights: when the payload does not fit; nothing was changed then.
         """
         self.check(payload)
-        if payload.whole:
+        placed, self._placed = self._placed, {}
+        if payload.whole and not placed:
             self.table.clear()
         elif payload.kept_rows:
             self.table.truncate(payload.kept_rows)
+        self.table.extend(NewItems.of(payload.new_items).ids)
         rows = to_tensor(payload.rows, self.device).to(torch.int64)
-        self.table.write(rows, {}, payload.new_items)
         for name, array in payload.columns.items():
             # One after the other: a copy of all of them at once would double what a start takes.
-            self.table.write(rows, {name: to_tensor(array, self.device)}, ())
+            if placed.get(name) is not array:
+                self.table.write(rows, {name: to_tensor(array, self.device)}, ())
         dense = dict(payload.dense)
         self.table.clock = int(dense.pop(CLOCK)[0])
         self.network.load_state_dict({name: to_tensor(array, self.device) for name, array in dense.items()})
 
 
-def items_of(table: ItemTable, first: int = 1) -> list[tuple[str, int]]:
+def items_of(table: ItemTable, first: int = 1) -> NewItems:
     """List the items with their rows, from row `first` on."""
-    return [(table.item_ids[row], row) for row in range(first, table.rows)]
+    return NewItems(table.item_ids[first:], range(first, table.rows))
 
 
 def to_array(tensor: Tensor) -> np.ndarray:

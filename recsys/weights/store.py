@@ -18,8 +18,9 @@ from recsys.settings import Settings
 from recsys.store.connection import store_errors
 from recsys.store.v1.weights_pb2 import SnapshotRecord, VersionRecord
 from recsys.weights.chunks import CHUNK_BYTES, STAGED_SECONDS, Chunks
-from recsys.weights.payload import WeightPayload, decode
+from recsys.weights.payload import Place, WeightPayload
 from recsys.weights.record import Lineage, Record, extend_chain, pack, same_commit, unpack
+from recsys.weights.retention import oldest_kept
 from recsys.weights.verification import Verification, chain_problems
 
 # Records per command when all of them are gone through.
@@ -55,7 +56,7 @@ class WeightStore:
 
     def __init__(self, client: redis.Redis, settings: Settings, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._client = client
-        self._retained = settings.snapshots_retained
+        self._settings = settings
         # Half of what the connection waits for any answer, so a store with nothing new is not taken for a dead one:
         # stores end a wait up to a tenth of a second late.
         self._longest_block = settings.store_timeout_seconds / 2
@@ -111,11 +112,14 @@ class WeightStore:
         _check_staged(outcome)
         return record
 
-    def write_snapshot(self, epoch: int, version: int, payload: bytes, trainer_payload: bytes) -> None:
-        """Keep a full copy of `version`; then let go of snapshots beyond the newest `snapshots_retained`.
+    def write_snapshot(
+        self, epoch: int, version: int, payload: bytes, trainer_payload: bytes, *, alone: bool = False
+    ) -> None:
+        """Keep a full copy of `version`; then let go of the oldest, as many as the settings' bounds demand.
 
         The deltas up to the oldest snapshot go too: who holds it needs only what came after. `version` must be the
-        last one, or one whose delta is still there; an earlier snapshot of it is replaced.
+        last one, or one whose delta is still there; an earlier snapshot of it is replaced. `alone` lets go of all
+        others.
 
         Raises:
             FencedOff: when the epoch is not the current one, or the store does not have `version`.
@@ -130,10 +134,12 @@ class WeightStore:
             record = SnapshotRecord(version=version, epoch=epoch, record=of)
             self._chunks.describe(record, payload, trainer_payload)
             others = self._snapshots()
-            kept = sorted({version, *(s.version for s in others)})[-self._retained :]
-            if version not in kept:
+            copies = sorted((record, *(s for s in others if s.version != version)), key=lambda s: -s.version)
+            last = head.version if head else version
+            kept = version if alone else oldest_kept(self._settings, copies, list(self._all_versions()), last)
+            if version < kept:
                 return
-            retired = [s for s in others if s.version == version or s.version not in kept]
+            retired = [s for s in others if s.version == version or s.version < kept or alone]
             keys = self._chunks.stage(record, payload, trainer_payload)
             gone = [key for s in retired for key in self._chunks.keys(s)]
             outcome, *found = self._snapshot_script(
@@ -144,12 +150,15 @@ class WeightStore:
                 _refuse(epoch, int(found[0]))
             _check_staged(outcome)
             self._chunks.remove(gone)
-            self._trim(kept[0])
+            self._trim(kept)
 
-    def load_snapshot(self, *, trainer: bool = False, at_most: int | None = None) -> Snapshot | None:
+    def load_snapshot(
+        self, *, trainer: bool = False, at_most: int | None = None, place: Place | None = None
+    ) -> Snapshot | None:
         """Load the newest snapshot that is whole, or None when there is none (then follow from version 0).
 
-        With `at_most` snapshots of later versions do not count.
+        With `at_most` snapshots of later versions do not count. `place` is asked, for each one that is tried, where its
+        columns are to be read to.
 
         Raises:
             CorruptWeights: when there are snapshots and none is whole.
@@ -160,7 +169,7 @@ class WeightStore:
             while left := [s for s in self._snapshots(at_most) if s.attempt not in tried]:
                 newest = tried[left[0].attempt] = left[0]
                 try:
-                    payloads = self._payloads(newest, trainer)
+                    payloads = self._payloads(newest, trainer, place)
                 except CorruptWeights:
                     continue
                 skipped = tuple(s.version for s in tried.values() if s is not newest)
@@ -240,11 +249,21 @@ class WeightStore:
         """List the versions of which a full copy is kept, newest first."""
         return [record.version for record in self.snapshots()]
 
+    def snapshot_names(self) -> list[str]:
+        """Name the full copies that are kept; one that is written anew has another name."""
+        with store_errors():
+            return [snapshot.attempt for snapshot in self._snapshots()]
+
     def usage(self) -> int:
         """Add up the bytes of all retained deltas and snapshots."""
+        return sum(self.sizes())
+
+    def sizes(self) -> tuple[int, int]:
+        """Add up the bytes of all retained deltas, and of all snapshots."""
         with store_errors():
-            records: list[Record] = [*self._snapshots(), *self._all_versions()]
-        return sum(record.bytes + record.trainer_bytes for record in records)
+            parts: tuple[Iterator[Record], ...] = (self._all_versions(), iter(self._snapshots()))
+            deltas, snapshots = (sum(record.bytes + record.trainer_bytes for record in part) for part in parts)
+        return deltas, snapshots
 
     def verify(self, progress: Callable[[int, int], None] = lambda done, of: None) -> Verification:
         """Read all that is retained, and compare chains and checksums; what is let go of meanwhile is passed over.
@@ -294,9 +313,11 @@ class WeightStore:
             yield from page
             before = page[-1].version
 
-    def _payloads(self, record: Record, trainer: bool) -> tuple[WeightPayload, Any]:
-        payload = decode(self._chunks.read(record, "w"))
-        return payload, decode(self._chunks.read(record, "t")) if trainer else None
+    def _payloads(
+        self, record: Record, trainer: bool, place: Place | None = None
+    ) -> tuple[WeightPayload, WeightPayload | None]:
+        payload = self._chunks.read(record, "w", place)
+        return payload, self._chunks.read(record, "t") if trainer else None
 
     def _whole(self, records: list[VersionRecord], trainer: bool) -> list[Delta]:
         """Read the payloads of records up to the first that is damaged, which must not be the first of all."""

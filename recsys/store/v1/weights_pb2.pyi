@@ -7,34 +7,32 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Tensor(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "data")
+    __slots__ = ("name", "dtype", "shape")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
-    data: bytes
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class WeightPayload(_message.Message):
-    __slots__ = ("dense", "rows", "columns", "new_item_ids", "new_item_rows", "whole", "kept_rows")
-    DENSE_FIELD_NUMBER: _ClassVar[int]
+class PayloadHeader(_message.Message):
+    __slots__ = ("rows", "new_items", "id_bytes", "dense", "columns", "whole", "kept_rows")
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    NEW_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    ID_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
-    NEW_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
-    NEW_ITEM_ROWS_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     KEPT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    new_items: int
+    id_bytes: int
     dense: _containers.RepeatedCompositeFieldContainer[Tensor]
-    rows: bytes
     columns: _containers.RepeatedCompositeFieldContainer[Tensor]
-    new_item_ids: _containers.RepeatedScalarFieldContainer[str]
-    new_item_rows: bytes
     whole: bool
     kept_rows: int
-    def __init__(self, dense: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., rows: _Optional[bytes] = ..., columns: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., new_item_ids: _Optional[_Iterable[str]] = ..., new_item_rows: _Optional[bytes] = ..., whole: _Optional[bool] = ..., kept_rows: _Optional[int] = ...) -> None: ...
+    def __init__(self, rows: _Optional[int] = ..., new_items: _Optional[int] = ..., id_bytes: _Optional[int] = ..., dense: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., columns: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., whole: _Optional[bool] = ..., kept_rows: _Optional[int] = ...) -> None: ...
 
 class Range(_message.Message):
     __slots__ = ("after", "until")

@@ -1,0 +1,298 @@
+"""SharedWeights: one copy of the weights for all server processes of a machine, moved by one of them at a time.
+
+The copy lies in memory that has no name: the kernel frees it when the last process has gone, however it went. Answers
+are computed under a lock that many may hold; a version is put in place under one that nobody else holds, behind a
+journal, so that whoever comes next finishes what a killed process began. The kernel lets go of a dead process's locks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys.errors import SettingsError
+from recsys.settings import Settings
+from recsys.store.v1.weights_pb2 import VersionRecord
+from recsys.weights.payload import WeightPayload, decode, encode
+from recsys.weights.replica import SERVED_COLUMNS, Replica
+from recsys.weights.turnstile import Turnstile
+
+# The file is as large as addresses allow and holes cost nothing: everything has a window of its own that it never
+# outgrows, so that growing moves nothing.
+WINDOW_BYTES = 1 << 40
+_HEADER, _RECORDS, _JOURNAL, _AREAS = 0, 1, 3, 4
+# Windows of an area; the columns' follow. A whole version is read into the area that is not in use.
+_DENSE, _ID_ENDS, _ID_BYTES, _COLUMNS = 0, 1, 2, 3
+_WINDOWS_PER_AREA = _COLUMNS + len(SERVED_COLUMNS)
+_WINDOWS = _AREAS + 2 * _WINDOWS_PER_AREA
+# In the header: the number of the state in force, that of the one that was begun, and two places for states.
+_CURRENT, _BEGUN, _STATES = 0, 1, 64
+_STATE = struct.Struct("<6q")
+_JOURNAL_START = struct.Struct("<3q")
+# How dense tensors are aligned.
+_ALIGNMENT = 64
+# fallocate(2): give pages back, keep the size.
+_PUNCH_HOLE, _KEEP_SIZE = 2, 1
+# The memory, the lock of answers against changes, the turnstile in front of it, and the lock of who follows the store.
+_FILES = ("memory", "answers", "turnstile", "follower")
+
+
+def create() -> tuple[int, ...]:
+    """Make the memory and its locks; return descriptors for the processes that are to share it.
+
+    Raises:
+        SettingsError: where the system has no such memory.
+    """
+    if sys.platform != "linux":
+        raise SettingsError("server_processes: more than one needs Linux; start several servers instead")
+    found = tuple(os.memfd_create(f"recsys-{name}") for name in _FILES)
+    os.truncate(found[0], _WINDOWS * WINDOW_BYTES)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Say what is in force: an area, how often rows were cut off, its table's rows and clock, the record's size."""
+
+    area: int
+    cuts: int
+    rows: int
+    clock: int
+    applied_ms: int
+    record_bytes: int
+
+
+class SharedWeights:
+    """Share weights with the processes that hold the same descriptors; one object a process.
+
+    Any thread may read; one thread of the process that leads takes and applies.
+    """
+
+    def __init__(self, settings: Settings, descriptors: Sequence[int]) -> None:
+        self._settings = settings
+        # One turnstile for answers and one for changes: a lock that the same descriptor takes again turns into the
+        # other kind.
+        memory, answers, turnstile, follower = (f"/proc/self/fd/{number}" for number in descriptors)
+        self._memory = os.open(memory, os.O_RDWR | os.O_CLOEXEC)
+        self._reading = Turnstile(answers, turnstile)
+        self._writing = Turnstile(answers, turnstile)
+        self._follower = os.open(follower, os.O_RDWR | os.O_CLOEXEC)
+        self._header = self._map(_HEADER, mmap.PAGESIZE)
+        self._numbers = memoryview(self._header).cast("q")
+        self._seen = 0
+        self.replica: Replica | None = None
+        self.record = VersionRecord()
+        self.applied_ms = 0
+        # The area of `replica`, and the cuts that it has seen.
+        self._area = self._cuts = 0
+
+    @contextmanager
+    def reading(self) -> Iterator[int]:
+        """Keep the version in force from changing; yield a number that rises with every change, 0 before the first.
+
+        `replica`, `record` and `applied_ms` are those of that version within.
+        """
+        with self._reading.shared():
+            if self._numbers[_BEGUN] <= self._numbers[_CURRENT]:
+                # Whoever answers may do so in inference mode; what is made here is written to outside of it.
+                with torch.inference_mode(mode=False):
+                    self._refresh()
+                yield self._seen
+                return
+        self._finish()
+        with self.reading() as number:
+            yield number
+
+    def number(self) -> int:
+        """Return the number of the state in force, without waiting."""
+        return self._numbers[_CURRENT]
+
+    def leads(self) -> bool:
+        """Return whether this process is the one that follows the store, trying to become it if there is none."""
+        with suppress(BlockingIOError):
+            # A descriptor that holds the lock gets it again.
+            fcntl.flock(self._follower, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    def spare(self) -> Replica:
+        """Return an empty replica to be moved to a version and then taken; only for the process that leads."""
+        area = 1 - self._state().area if self.number() else 0
+        self._punch(area)
+        return self._replica_in(area)
+
+    def take(self, record: VersionRecord, replica: Replica, applied_ms: int) -> None:
+        """Put the spare replica in place of whatever is held; answers wait for no longer than it takes to say so."""
+        state = self._state() if self.number() else None
+        area = 1 - state.area if state else 0
+        self._write_ids(area, replica, 1)
+        with self._writing.exclusive():
+            self._commit(area, state.cuts + 1 if state else 0, replica, record, applied_ms)
+            self._adopt(area, replica, record, applied_ms)
+        if state:
+            self._punch(state.area)
+
+    def apply(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
+        """Move everyone to the next version; only for the process that leads.
+
+        Raises:
+            CorruptWeights: when the payload does not fit; nothing was changed then.
+        """
+        with self.reading():
+            assert self.replica is not None
+            self.replica.check(payload)
+        if payload.whole:
+            replica = self.spare()
+            replica.apply(payload)
+            self.take(record, replica, applied_ms)
+            return
+        packed_record, packed = record.SerializeToString(), encode(payload)
+        start = _JOURNAL_START.pack(applied_ms, len(packed_record), len(packed))
+        journal = self._map(_JOURNAL, len(start) + len(packed_record) + len(packed))
+        journal[:] = start + packed_record + packed
+        with self._writing.exclusive():
+            self._numbers[_BEGUN] = self.number() + 1
+            self._redo(record, payload, applied_ms)
+
+    def close(self) -> None:
+        """Let go of locks and memory."""
+        for descriptor in (self._memory, self._follower):
+            os.close(descriptor)
+        self._reading.close()
+        self._writing.close()
+
+    def _finish(self) -> None:
+        """Finish what a process that died had begun."""
+        with self._writing.exclusive(), torch.inference_mode(mode=False):
+            if self._numbers[_BEGUN] > self.number():
+                applied_ms, *sizes = _JOURNAL_START.unpack(self._map(_JOURNAL, _JOURNAL_START.size)[:])
+                journal = self._map(_JOURNAL, _JOURNAL_START.size + sum(sizes))
+                start = _JOURNAL_START.size + sizes[0]
+                record = VersionRecord.FromString(journal[_JOURNAL_START.size : start])
+                payload = decode(journal[start:])
+                # What this process holds for itself may be half-way too. Of the rows only those that stay are sure.
+                self.replica, self._seen = None, 0
+                self._refresh(payload.kept_rows)
+                self._redo(record, payload, applied_ms)
+
+    def _redo(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
+        """Write all that a version changes, from the state in force; to write it again changes nothing."""
+        replica, state = self.replica, self._state()
+        assert replica is not None
+        kept = payload.kept_rows or state.rows
+        replica.table.reserve(state.rows)
+        for name in SERVED_COLUMNS:
+            replica.table.columns[name][kept : state.rows] = 0
+        replica.apply(payload)
+        self._write_ids(state.area, replica, kept)
+        self._commit(state.area, state.cuts + (kept < state.rows), replica, record, applied_ms)
+        self._adopt(state.area, replica, record, applied_ms)
+
+    def _commit(self, area: int, cuts: int, replica: Replica, record: VersionRecord, applied_ms: int) -> None:
+        number = self.number() + 1
+        packed = record.SerializeToString()
+        self._map(_RECORDS + number % 2, len(packed))[:] = packed
+        state = _STATE.pack(area, cuts, replica.table.rows, replica.table.clock, applied_ms, len(packed))
+        place = _STATES * (1 + number % 2)
+        self._header[place : place + len(state)] = state
+        # One aligned word: either all of it is in force or nothing.
+        self._numbers[_CURRENT] = number
+
+    def _adopt(self, area: int, replica: Replica, record: VersionRecord, applied_ms: int) -> None:
+        self.replica, self.record, self.applied_ms = replica, record, applied_ms
+        self._seen, self._area, self._cuts = self.number(), area, self._state().cuts
+
+    def _refresh(self, kept: int = 0) -> None:
+        """Bring what this process holds for itself up to the state in force; with `kept`, no row from there on."""
+        if self._seen == self.number() and not kept:
+            return
+        state = self._state()
+        replica = self.replica
+        if replica is None or (self._area, self._cuts) != (state.area, state.cuts) or kept:
+            replica = self._replica_in(state.area)
+        rows = kept or state.rows
+        replica.table.extend(self._read_ids(state.area, replica.table.rows, rows))
+        replica.table.clock = state.clock
+        record = VersionRecord.FromString(self._map(_RECORDS + self.number() % 2, state.record_bytes)[:])
+        self._adopt(state.area, replica, record, state.applied_ms)
+
+    def _state(self) -> _State:
+        place = _STATES * (1 + self.number() % 2)
+        return _State(*_STATE.unpack(self._header[place : place + _STATE.size]))
+
+    def _replica_in(self, area: int) -> Replica:
+        """Make a replica whose tensors lie in an area; it has no items yet."""
+        replica = Replica(self._settings, torch.device("cpu"))
+        table = replica.table
+        first = _AREAS + area * _WINDOWS_PER_AREA
+
+        def enlarge(name: str, column: Tensor, capacity: int) -> Tensor:
+            window = first + _COLUMNS + SERVED_COLUMNS.index(name)
+            shape = (capacity, *column.shape[1:])
+            mapped = self._map(window, max(1, int(np.prod(shape)) * column.element_size()))
+            return torch.frombuffer(mapped, dtype=column.dtype, count=int(np.prod(shape))).view(shape)
+
+        table.enlarge = enlarge
+        table.columns = {name: enlarge(name, column, len(column)) for name, column in table.columns.items()}
+        learned = replica.network.state_dict()
+        named = [*replica.network.named_parameters(), *replica.network.named_buffers()]
+        named = [(name, tensor) for name, tensor in named if name in learned]
+        places = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for _, tensor in named)]).tolist()
+        dense = self._map(first + _DENSE, places[-1] or 1)
+        for (_, tensor), place in zip(named, places[:-1], strict=True):
+            tensor.data = torch.frombuffer(dense, dtype=tensor.dtype, count=tensor.numel(), offset=place).view(
+                tensor.shape
+            )
+        replica.network.eval()
+        return replica
+
+    def _write_ids(self, area: int, replica: Replica, first: int) -> None:
+        """Write the ids of the rows from `first` on."""
+        packed = [item_id.encode() for item_id in replica.table.item_ids[first:]]
+        rows = replica.table.rows
+        ends = self._id_ends(area, rows)
+        start = int(ends[first - 1])
+        ends[first:rows] = start + np.cumsum([len(each) for each in packed], dtype=np.int64)
+        if packed:
+            self._map(self._area_window(area, _ID_BYTES), max(int(ends[rows - 1]), 1))[start : int(ends[rows - 1])] = (
+                b"".join(packed)
+            )
+
+    def _read_ids(self, area: int, first: int, rows: int) -> list[str]:
+        if rows <= first:
+            return []
+        ends = self._id_ends(area, rows)[first - 1 : rows].tolist()
+        text = self._map(self._area_window(area, _ID_BYTES), max(ends[-1], 1))
+        return [text[start:end].decode() for start, end in pairwise(ends)]
+
+    def _id_ends(self, area: int, rows: int) -> NDArray[Any]:
+        return np.frombuffer(self._map(self._area_window(area, _ID_ENDS), 8 * rows), np.int64, rows)
+
+    @staticmethod
+    def _area_window(area: int, window: int) -> int:
+        return _AREAS + area * _WINDOWS_PER_AREA + window
+
+    def _map(self, window: int, length: int) -> mmap.mmap:
+        return mmap.mmap(self._memory, length, offset=window * WINDOW_BYTES)
+
+    def _punch(self, area: int) -> None:
+        """Give the memory of an area back."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        start, length = self._area_window(area, 0) * WINDOW_BYTES, _WINDOWS_PER_AREA * WINDOW_BYTES
+        mode = _PUNCH_HOLE | _KEEP_SIZE
+        if libc.fallocate(self._memory, mode, ctypes.c_int64(start), ctypes.c_int64(length)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
