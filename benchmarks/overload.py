@@ -1,29 +1,27 @@
 """Overload: how much of its capacity a server still answers in time when it is asked for several times as much.
 
-Store, trainer and server are processes of their own, and so are the clients. The capacity is measured first, with a
-fixed number of calls in flight. Then calls are sent on schedule (open loop), each with a deadline, whether or not
-answers come back; goodput is what was answered in time. The trainer stops before anything is measured.
-Prints one JSON object.
+Store, trainer, servers (one for each transport) and clients are processes of their own. The capacity is what a fixed
+number of calls in flight gets answered, measured before and after. In between, calls are sent on schedule (open loop),
+each with a deadline, whether or not answers come back; goodput is what was answered in time. The trainer stops before
+anything is measured. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
+from raw_calls import free_ports, measure, processor_seconds
 
 from recsys import Client, Feedback
 from recsys.audience import Audience
@@ -31,31 +29,20 @@ from recsys.errors import RecsysError
 from recsys.store.embedded import EmbeddedStore
 from recsys.v1 import recommender_pb2
 
-PORT = 50081
-TARGET = f"127.0.0.1:{PORT}"
-ENVIRONMENT = {
-    "RECSYS_PORT": str(PORT),
-    "RECSYS_METRICS_PORT": "50082",
-    "RECSYS_TRAINER_METRICS_PORT": "50083",
-    "RECSYS_CLASSES": "clicks",
-    "OMP_NUM_THREADS": "1",
-}
-METHOD = "/recsys.v1.RecommenderService/Recommend"
+PATH = "/recsys.v1.RecommenderService/Recommend"
 START_SECONDS = 120.0
 IN_FLIGHT = 64
-CONNECTIONS = 4
 USERS = 500
-# At once, when a tick of the sender comes late; a schedule that slips is reported.
-TICK_SECONDS = 0.002
 
 
 @contextmanager
-def part(command: str, store_url: str) -> Iterator[None]:
-    """Run the trainer or the server."""
-    environment = {**os.environ, **ENVIRONMENT, "RECSYS_REDIS_URL": store_url}
+def part(command: str, store_url: str, **settings: object) -> Iterator[int]:
+    """Run the trainer or a server; yield its process id."""
+    given = {"redis_url": store_url, "classes": "clicks", "metrics_port": 0, "trainer_metrics_port": 0, **settings}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{f"RECSYS_{k.upper()}": str(v) for k, v in given.items()}}
     process = subprocess.Popen([sys.executable, "-m", "recsys", command], env=environment, stdout=subprocess.DEVNULL)
     try:
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.wait()
@@ -87,109 +74,47 @@ def wait_until(reached: Callable[[], bool]) -> None:
     raise SystemExit("the system did not get ready in time")
 
 
-class Caller:
-    """Ask for recommendations over a few connections, with requests and answers as bytes: it must not be the limit."""
+def overload(target: str, pid: int, seconds: float, timeout: float, factors: list[float]) -> dict[str, Any]:
+    """Find a server's capacity, then ask for multiples of it."""
+    requests = [
+        recommender_pb2.RecommendRequest(user_id=f"user-{n}", count=10).SerializeToString() for n in range(USERS)
+    ]
 
-    def __init__(self) -> None:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [grpc.aio.insecure_channel(TARGET, options=options) for _ in range(CONNECTIONS)]
-        self._calls: list[Any] = [channel.unary_unary(METHOD) for channel in self._channels]
-        self._requests = [
-            recommender_pb2.RecommendRequest(user_id=f"user-{n}", count=10).SerializeToString() for n in range(USERS)
-        ]
-        self.outcomes: Counter[str] = Counter()
-        self.seconds: dict[str, list[float]] = {}
+    def capacity() -> float:
+        return float(measure(target, PATH, requests, seconds=seconds, in_flight=IN_FLIGHT)["requests_per_second"])
 
-    async def call(self, number: int, timeout: float) -> None:
-        """Make one call and note what became of it, and when."""
-        started = time.monotonic()
-        try:
-            await self._calls[number % CONNECTIONS](self._requests[number % USERS], timeout=timeout)
-            outcome = "OK"
-        except grpc.aio.AioRpcError as error:
-            outcome = error.code().name
-        elapsed = time.monotonic() - started
-        outcome = outcome if outcome != "OK" or elapsed <= timeout else "LATE"
-        self.outcomes[outcome] += 1
-        self.seconds.setdefault(outcome, []).append(elapsed)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        for channel in self._channels:
-            await channel.close()
-
-
-async def closed_loop(seconds: float) -> dict[str, Any]:
-    """Keep IN_FLIGHT calls in flight; return how many were answered each second."""
-    caller = Caller()
-    until = time.monotonic() + seconds
-
-    async def one_after_another(first: int) -> None:
-        number = first
-        while time.monotonic() < until:
-            await caller.call(number, 10.0)
-            number += IN_FLIGHT
-
-    await asyncio.gather(*map(one_after_another, range(IN_FLIGHT)))
-    await caller.close()
-    return {"per_second": caller.outcomes["OK"] / seconds, "outcomes": dict(caller.outcomes)}
-
-
-async def open_loop(rate: float, seconds: float, timeout: float) -> dict[str, Any]:
-    """Send at `rate` for `seconds`; return what became of the calls."""
-    caller = Caller()
-    tasks: set[asyncio.Task[None]] = set()
-    started, sent, lag = time.monotonic(), 0, 0.0
-    while (now := time.monotonic() - started) < seconds:
-        due = int(now * rate)
-        lag = max(lag, (due - sent) / rate)
-        for number in range(sent, due):
-            task = asyncio.create_task(caller.call(number, timeout))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        sent = due
-        await asyncio.sleep(TICK_SECONDS)
-    await asyncio.gather(*tasks)
-    await caller.close()
-    return {
-        "sent_per_second": round(sent / seconds, 1),
-        "answered_in_time_per_second": round(caller.outcomes["OK"] / seconds, 1),
-        "outcomes": dict(caller.outcomes),
-        "p50_ms": {name: round(sorted(found)[len(found) // 2] * 1000, 1) for name, found in caller.seconds.items()},
-        "largest_lag_of_sender_ms": round(lag * 1000, 1),
-    }
-
-
-def in_a_process_of_its_own(*arguments: object) -> dict[str, Any]:
-    """Run this file as a client."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--client", *map(str, arguments)]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    capacity()
+    before, spent = capacity(), processor_seconds(pid)
+    found: dict[str, Any] = {}
+    for factor in factors:
+        asked = measure(target, PATH, requests, seconds=seconds, rate=factor * before, timeout=timeout)
+        after = capacity()
+        # What else the machine does changes from one second to the next.
+        found[f"{factor:g}x"] = {
+            "goodput_ratio": round(asked["requests_per_second"] / statistics.mean((before, after)), 3),
+            "capacity_before": before,
+            "capacity_after": after,
+            **asked,
+        }
+        before = after
+    found["processor_seconds"] = round(processor_seconds(pid) - spent, 2)
     return found
 
 
-def measure(seconds: float, timeout: float, factors: list[float]) -> dict[str, Any]:
-    """Run the system, find its capacity, then ask for multiples of it."""
-    overload = {}
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        EmbeddedStore(Path(directory)) as store,
-        part("serve", store.url),
-    ):
-        with part("train", store.url), Client(TARGET, timeout=30.0) as client:
+def whole(transports: list[str], seconds: float, timeout: float, factors: list[float]) -> dict[str, Any]:
+    """Run the system with a server for each transport, and overload one after the other."""
+    with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store, ExitStack() as stack:
+        servers = {}
+        for transport, port in zip(transports, free_ports(len(transports)), strict=True):
+            servers[transport] = port, stack.enter_context(part("serve", store.url, port=port, transport=transport))
+        port, _ = next(iter(servers.values()))
+        with part("train", store.url), Client(f"127.0.0.1:{port}", timeout=30.0) as client:
             teach(client, 4000)
-        in_a_process_of_its_own(0, 2.0, 0)
-        capacity = in_a_process_of_its_own(0, seconds, 0)["per_second"]
-        for factor in factors:
-            found = in_a_process_of_its_own(factor * capacity, seconds, timeout)
-            goodput = found["answered_in_time_per_second"]
-            overload[f"{factor:g}x"] = {"goodput_ratio": round(goodput / capacity, 3), **found}
-    return {
-        "capacity_per_second": round(capacity, 1),
-        "deadline_ms": timeout * 1000,
-        "seconds": seconds,
-        "cores": os.cpu_count(),
-        "overload": overload,
-    }
+        found = {
+            transport: overload(f"127.0.0.1:{port}", pid, seconds, timeout, factors)
+            for transport, (port, pid) in servers.items()
+        }
+    return {"deadline_seconds": timeout, "seconds": seconds, "cores": os.cpu_count(), "transports": found}
 
 
 def main() -> None:
@@ -198,16 +123,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--deadline", type=float, default=0.1, help="of each call, in seconds")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="multiples of the capacity")
-    parser.add_argument(
-        "--client", nargs=3, type=float, metavar=("RATE", "SECONDS", "DEADLINE"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--transports", nargs="+", default=["native", "grpcio"])
     arguments = parser.parse_args()
-    if arguments.client:
-        rate, seconds, timeout = arguments.client
-        found = asyncio.run(open_loop(rate, seconds, timeout) if rate else closed_loop(seconds))
-    else:
-        found = measure(arguments.seconds, arguments.deadline, arguments.factors)
-    print(json.dumps(found, indent=None if arguments.client else 2))
+    print(json.dumps(whole(arguments.transports, arguments.seconds, arguments.deadline, arguments.factors), indent=2))
 
 
 if __name__ == "__main__":

@@ -8,19 +8,97 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 from recsys.errors import DeadlinePassed, Overloaded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# Submits what has come, waiting for it as many seconds as the function says, which is asked at the last moment. Returns
+# the seconds that this took, the waiting apart; None when nothing will come any more.
+Look: TypeAlias = Callable[[Callable[[], float]], float | None]
 
-# Batches by whose times the next ones are judged. The most efficient of them counts: one that was slow by chance
-# refuses nobody.
-RECENT = 3
+# Of what is known of earlier batches, this much is kept with each new one.
+MEMORY = 0.9
+# A batch counts as at most this many times slower than expected: one that was slow by chance refuses nobody, and when
+# everything has become slower that is known after a few.
+SURPRISE = 2.0
+# Where a batch's fixed part alone takes long, a batch may take this many times as long: two thirds of the time then go
+# into the items.
+FIXED_PARTS = 3.0
+# The factor grows with a batch that took longer than it said, and shrinks a tenth as much with every other.
+FIRST_STRETCH, LARGEST_STRETCH = 1.5, 3.0
+STRETCH_MORE, STRETCH_LESS = 1.1, 0.99
+# How long a look for items lasts at most; a batcher that is closed meanwhile ends after it.
+RECEIVE_SECONDS = 0.5
+
+
+class Pace:
+    """Expect how long a batch takes from those before it: a fixed part, and a part for each unit of its size.
+
+    While all are of one size the two parts cannot be told apart; then the second is believed less and less, so that
+    larger batches are tried and it is learned anew.
+    """
+
+    def __init__(self) -> None:
+        self._known = False
+        self._size = self._seconds = self._square = self._product = 0.0
+        self.fixed = self.each = 0.0
+
+    def add(self, size: int, seconds: float) -> None:
+        """Learn from a batch that has ended."""
+        kept = MEMORY if self._known else 0.0
+        if self._known:
+            in_proportion = size * self._seconds / self._size
+            seconds = min(seconds, SURPRISE * max(self.expect(size), in_proportion))
+        self._known = True
+        self._size += (1 - kept) * (size - self._size)
+        self._seconds += (1 - kept) * (seconds - self._seconds)
+        self._square += (1 - kept) * (size * size - self._square)
+        self._product += (1 - kept) * (size * seconds - self._product)
+        spread = self._square - self._size**2
+        # Sizes that differ by less than a tenth tell more of chance than of the parts.
+        if spread > (0.1 * self._size) ** 2:
+            self.each = max(0.0, (self._product - self._size * self._seconds) / spread)
+        else:
+            self.each *= MEMORY
+        self.each = min(self.each, self._seconds / self._size)
+        self.fixed = self._seconds - self.each * self._size
+
+    def expect(self, size: int) -> float:
+        """Return the seconds that a batch of this size will take; 0 when nothing is known."""
+        return self.fixed + self.each * size
+
+    def largest(self, seconds: float, limit: int) -> int:
+        """Return the largest size up to `limit` that takes no longer than `seconds`, or FIXED_PARTS fixed parts."""
+        left = max(seconds, FIXED_PARTS * self.fixed) - self.fixed
+        return limit if left >= self.each * limit else max(1, int(left / self.each))
+
+
+class Stretch:
+    """Learn by which factor items take longer than expected, so that nine in ten take no longer than it says."""
+
+    def __init__(self) -> None:
+        self.factor = FIRST_STRETCH
+
+    def add(self, factor: float) -> None:
+        """Learn from the largest factor of a batch."""
+        change = STRETCH_MORE if factor > self.factor else STRETCH_LESS
+        self.factor = min(LARGEST_STRETCH, max(1.0, self.factor * change))
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting(Generic[Item]):
+    """Hold an item with its deadline, and when it came and was expected to be done."""
+
+    item: Item
+    deadline: float | None
+    came: float
+    expected: float
 
 
 class Batcher(Generic[Item, Result]):
@@ -28,7 +106,8 @@ class Batcher(Generic[Item, Result]):
 
     `handler` runs in the batcher's one thread and never twice at a time. When it raises, that batch's futures get the
     exception and the next batch goes on. `size` weighs an item; a batch takes items in order while their sizes sum to
-    at most `max_batch`, and to no more than what recent batches let expect in `max_seconds`, and always at least one.
+    at most `max_batch`, and to no more than what earlier batches let expect in `max_seconds` (longer where a batch of
+    one takes that long already), and always at least one.
     """
 
     def __init__(
@@ -49,12 +128,17 @@ class Batcher(Generic[Item, Result]):
         self._max_seconds = max_seconds
         self._size = size
         self._clock = clock
-        self._queue: OrderedDict[Future[Result], tuple[Item, float | None]] = OrderedDict()
+        self._queue: OrderedDict[Future[Result], _Waiting[Item]] = OrderedDict()
         self._waiting_size = 0
-        # The size of a batch and the seconds that it took.
-        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        self._batch_started: float | None = None
+        self._pace = Pace()
+        self._stretch = Stretch()
+        # When the batch in work began, and when it is expected to end.
+        self._started: float | None = None
+        self._busy_until: float | None = None
         self._changed = threading.Condition()
+        self._look: Look | None = None
+        # Spent on looking since the last batch.
+        self._look_seconds = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"recsys-{name}", daemon=True)
         self._thread.start()
@@ -66,23 +150,13 @@ class Batcher(Generic[Item, Result]):
         DeadlinePassed, and the handler never sees it, nor one whose future was cancelled: that leaves the queue.
 
         Raises:
-            Overloaded: when the queue is full or closed, or when by the length of the queue and the time of recent
+            Overloaded: when the queue is full or closed, or when by the length of the queue and the time of earlier
                 batches the result would come after the deadline.
         """
         future: Future[Result] = Future()
         with self._changed:
-            if self._closed:
-                raise Overloaded(f"the {self._name} queue is closed: the server is stopping")
-            now = self._clock()
-            wait, seconds = self._expect(now)
-            full = len(self._queue) >= self._queue_limit
-            # With the time of one batch to spare. An item that meets no other is always taken: were it refused too,
-            # nothing would ever correct what is expected.
-            late = deadline is not None and wait > 0 and now < deadline < now + wait + 2 * seconds
-            if full or late:
-                fault = "full" if full else "too long for the deadline"
-                raise Overloaded(f"the {self._name} queue is {fault}: {len(self._queue)} calls are waiting", wait)
-            self._queue[future] = (item, deadline)
+            now, seconds = self._check(deadline)
+            self._queue[future] = _Waiting(item, deadline, now, now + seconds)
             self._waiting_size += self._size(item)
             self._changed.notify()
         future.add_done_callback(self._leave)
@@ -92,6 +166,30 @@ class Batcher(Generic[Item, Result]):
         """Count the items that wait, those being worked on apart."""
         return len(self._queue)
 
+    def admit(self, deadline: float | None) -> None:
+        """Tell beforehand what submit would say.
+
+        Raises:
+            Overloaded: as submit does.
+        """
+        with self._changed:
+            self._check(deadline)
+
+    def receive_from(self, look: Look) -> None:
+        """Let the batcher's own thread look for items before each batch, and wait for them there when none are waiting.
+
+        While a batch is worked on nothing is gained by receiving what can only wait, and two threads that want the
+        interpreter at once slow each other down several times over.
+        """
+        with self._changed:
+            self._look = look
+            self._changed.notify()
+
+    def busy_seconds(self) -> float:
+        """Return how long the batch in work has taken so far; 0 when there is none."""
+        started = self._started
+        return 0.0 if started is None else self._clock() - started
+
     def close(self) -> None:
         """Take no more items, finish those that wait, and stop the thread."""
         with self._changed:
@@ -99,29 +197,33 @@ class Batcher(Generic[Item, Result]):
             self._changed.notify()
         self._thread.join()
 
+    def _check(self, deadline: float | None) -> tuple[float, float]:
+        """Return the time, and the seconds after which an item that comes now is expected to be done."""
+        if self._closed:
+            raise Overloaded(f"the {self._name} queue is closed: the server is stopping")
+        now = self._clock()
+        wait, seconds = self._expect(now)
+        full = len(self._queue) >= self._queue_limit
+        # An item that meets no other is always taken: were it refused too, nothing would ever correct what is expected.
+        meets = self._busy_until is not None or self._queue
+        # What fills the next batch is taken on hope: to be late is no worse than to have left the place empty.
+        stretch = self._stretch.factor if self._waiting_size >= self._limit() else 1.0
+        late = deadline is not None and meets and now < deadline < now + stretch * (wait + seconds)
+        if full or late:
+            fault = "full" if full else "too long for the deadline"
+            raise Overloaded(f"the {self._name} queue is {fault}: {len(self._queue)} calls are waiting", wait)
+        return now, wait + seconds
+
     def _expect(self, now: float) -> tuple[float, float]:
-        """Return how long an item that comes now will wait for its batch, and what that batch will take.
-
-        Both are 0 when nothing is known yet, and the first when nothing is waiting or being worked on.
-        """
-        if not self._recent:
-            return 0.0, 0.0
-        seconds = self._efficient()[1]
-        if self._batch_started is None and not self._queue:
-            return 0.0, seconds
-        left = max(0.0, self._batch_started + seconds - now) if self._batch_started is not None else 0.0
-        return left + seconds * (self._waiting_size // self._limit()), seconds
-
-    def _efficient(self) -> tuple[int, float]:
-        """Return the recent batch that took the least for its size."""
-        return min(self._recent, key=lambda batch: batch[1] / batch[0])
+        """Return how long an item that comes now will wait for its batch, and what that batch will take."""
+        limit = self._limit()
+        before, beside = divmod(self._waiting_size, limit)
+        left = max(0.0, self._busy_until - now) if self._busy_until is not None else 0.0
+        return left + before * self._pace.expect(limit), self._pace.expect(beside + 1)
 
     def _limit(self) -> int:
         """Return the largest size of the next batch."""
-        if not self._recent or self._max_seconds == float("inf"):
-            return self._max_batch
-        size, seconds = self._efficient()
-        return max(1, min(self._max_batch, int(size * self._max_seconds / max(seconds, 1e-9))))
+        return self._pace.largest(self._max_seconds, self._max_batch)
 
     def _leave(self, future: Future[Result]) -> None:
         if future.cancelled():
@@ -131,46 +233,73 @@ class Batcher(Generic[Item, Result]):
     def _forget(self, future: Future[Result]) -> None:
         waiting = self._queue.pop(future, None)
         if waiting is not None:
-            self._waiting_size -= self._size(waiting[0])
+            self._waiting_size -= self._size(waiting.item)
 
     def _work(self) -> None:
         while batch := self._take():
             now = self._clock()
             live = []
-            for future, item, deadline in batch:
+            for future, waiting in batch:
                 if not future.set_running_or_notify_cancel():
                     continue
-                if deadline is not None and deadline <= now:
+                if waiting.deadline is not None and waiting.deadline <= now:
                     future.set_exception(DeadlinePassed("the deadline passed while the call was waiting for its turn"))
                     continue
-                live.append((item, future))
+                live.append((waiting, future))
             if live:
+                size = sum(self._size(waiting.item) for waiting, _ in live)
                 with self._changed:
-                    self._batch_started = now
+                    self._started, self._busy_until = now, now + self._pace.expect(size)
                 results = self._handle(live)
-                with self._changed:
-                    self._recent.append((sum(self._size(item) for item, _ in live), self._clock() - now))
-                    self._batch_started = None
                 _end(live, results)
+                with self._changed:
+                    ended = self._clock()
+                    self._learn_stretch([waiting for waiting, _ in live], ended)
+                    self._pace.add(size, ended - now + self._look_seconds)
+                    self._look_seconds = 0.0
+                    self._started = self._busy_until = None
 
-    def _take(self) -> list[tuple[Future[Result], Item, float | None]]:
+    def _learn_stretch(self, done: list[_Waiting[Item]], ended: float) -> None:
+        # Nothing was expected before anything was known.
+        taken = [(ended - each.came) / (each.expected - each.came) for each in done if each.expected > each.came]
+        if taken:
+            self._stretch.add(max(taken))
+
+    def _take(self) -> list[tuple[Future[Result], _Waiting[Item]]]:
         """Wait for items and take the next batch; empty when closed and nothing waits."""
+        self._gather()
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            batch: list[tuple[Future[Result], Item, float | None]] = []
+            batch: list[tuple[Future[Result], _Waiting[Item]]] = []
             total, limit = 0, self._limit()
             while self._queue:
-                future, (item, deadline) = next(iter(self._queue.items()))
-                total += self._size(item)
+                future, waiting = next(iter(self._queue.items()))
+                total += self._size(waiting.item)
                 if batch and total > limit:
                     break
-                batch.append((future, item, deadline))
+                batch.append((future, waiting))
                 self._forget(future)
             return batch
 
-    def _handle(self, live: list[tuple[Item, Future[Result]]]) -> Sequence[Result] | Exception:
+    def _gather(self) -> None:
+        """Wait until something waits or the batcher is closed."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed or self._look)
+                look = self._look
+            if look is not None:
+                seconds = look(self._patience)
+                self._look_seconds += seconds or 0.0
+                if seconds is None:
+                    self._look = None
+            if self._queue or self._closed:
+                return
+
+    def _patience(self) -> float:
+        return 0.0 if self._queue or self._closed else RECEIVE_SECONDS
+
+    def _handle(self, live: list[tuple[_Waiting[Item], Future[Result]]]) -> Sequence[Result] | Exception:
         try:
-            results = self._handler([item for item, _ in live])
+            results = self._handler([waiting.item for waiting, _ in live])
             if len(results) != len(live):
                 raise RuntimeError(f"{self._name}: {len(results)} results for {len(live)} items")
         except Exception as error:
@@ -178,7 +307,7 @@ class Batcher(Generic[Item, Result]):
         return results
 
 
-def _end(live: list[tuple[Item, Future[Result]]], results: Sequence[Result] | Exception) -> None:
+def _end(live: list[tuple[_Waiting[Item], Future[Result]]], results: Sequence[Result] | Exception) -> None:
     if isinstance(results, Exception):
         for _, future in live:
             future.set_exception(results)

@@ -23,6 +23,8 @@ from recsys.store.connection import connect
 from recsys.v1 import recommender_pb2
 from recsys.weights import Lineage, WeightStore
 
+# What is said of a server holds on both: the suites of the service run on each.
+TRANSPORTS = ("grpcio", "native")
 ITEMS = tuple(f"item-{number}" for number in range(2000))
 
 
@@ -40,6 +42,7 @@ class PlainScorer:
 
     def __init__(self) -> None:
         self.status = PlainStatus()
+        self.problem = ""
         self.batches: list[int] = []
         # A test may hold the scoring thread here.
         self.gate = threading.Event()

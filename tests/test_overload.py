@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import pytest
 from calls import SECONDS, Request, check_refusal, recommend, recommender
-from serving import Running, serve
+from serving import TRANSPORTS, Running, serve
 
 from recsys import Client, errors
-from recsys.batcher import Batcher
+from recsys.batcher import Batcher, Pace, Stretch
 from recsys.settings import Settings
 
 
@@ -47,12 +47,22 @@ def timed() -> Timed:
 
 @pytest.fixture
 def batcher(timed: Timed) -> Iterator[Batcher[Any, Any]]:
-    """A batcher of at most 4 items, of which it knows that one takes a second."""
+    """A batcher of at most 4 items, of which it knows that each takes a second."""
     batcher: Batcher[Any, Any] = Batcher("test", timed, max_batch=4, queue_limit=100, clock=timed.clock)
-    batcher.submit("first").result(SECONDS)
+    for future in teach(batcher, timed):
+        future.result(SECONDS)
+    # Its turn comes when everything is learned from the batches before.
+    batcher.submit("last").result(SECONDS)
     yield batcher
     timed.gate.set()
     batcher.close()
+
+
+def teach(batcher: Batcher[Any, Any], timed: Timed) -> list[Any]:
+    """Let batches of 1 and of 3 be handled, from which the parts of the time are known."""
+    futures = hold(batcher, timed, waiting=3)
+    timed.gate.set()
+    return futures
 
 
 def hold(batcher: Batcher[Any, Any], timed: Timed, waiting: int) -> list[Any]:
@@ -67,30 +77,59 @@ def hold(batcher: Batcher[Any, Any], timed: Timed, waiting: int) -> list[Any]:
 
 def test_what_cannot_be_in_time_is_refused_at_once(batcher: Batcher[Any, Any], timed: Timed) -> None:
     hold(batcher, timed, waiting=9)
-    # A second for the batch in work, two for two full ones; then two for its own, one of them to spare.
+    # A second for the batch in work, four for each of two full ones, two for its own of two: eleven, and half as much
+    # again to spare, less a hundredth for the one wait that was no longer than expected.
     now = timed.now
     with pytest.raises(errors.Overloaded, match="too long for the deadline: 9 calls are waiting") as caught:
-        batcher.submit("late", now + 4.9)
-    assert caught.value.retry_seconds == 3.0
-    in_time = batcher.submit("in time", now + 100)
+        batcher.submit("late", now + 16.3)
+    assert caught.value.retry_seconds == pytest.approx(9.0)
+    in_time = batcher.submit("in time", now + 16.4)
     timed.gate.set()
     assert in_time.result(SECONDS) == "in time"
     assert "late" not in chain(*timed.batches)
 
 
-@pytest.mark.parametrize(("waiting", "seconds"), [(0, 1.0), (3, 1.0), (4, 2.0), (8, 3.0), (12, 4.0)])
+@pytest.mark.parametrize(("waiting", "seconds"), [(0, 1.0), (3, 1.0), (4, 5.0), (8, 9.0), (12, 13.0)])
 def test_the_advice_grows_with_the_queue(
     batcher: Batcher[Any, Any], timed: Timed, waiting: int, seconds: float
 ) -> None:
     hold(batcher, timed, waiting)
     with pytest.raises(errors.Overloaded) as caught:
         batcher.submit("late", timed.now + 0.1)
-    assert caught.value.retry_seconds == seconds
+    assert caught.value.retry_seconds == pytest.approx(seconds)
     # Half of the batch in work is over.
     timed.now += 0.5
     with pytest.raises(errors.Overloaded) as caught:
         batcher.submit("late", timed.now + 0.1)
-    assert caught.value.retry_seconds == seconds - 0.5
+    assert caught.value.retry_seconds == pytest.approx(seconds - 0.5)
+
+
+def test_what_fills_the_next_batch_is_taken_when_it_is_expected_to_be_just_in_time(
+    batcher: Batcher[Any, Any], timed: Timed
+) -> None:
+    hold(batcher, timed, waiting=3)
+    # A second for the batch in work, four for its own: nothing to spare.
+    with pytest.raises(errors.Overloaded):
+        batcher.submit("late", timed.now + 4.9)
+    in_time = batcher.submit("in time", timed.now + 5.1)
+    timed.gate.set()
+    assert in_time.result(SECONDS) == "in time"
+
+
+def test_the_factor_settles_where_nine_in_ten_are() -> None:
+    stretch = Stretch()
+    beyond = 0
+    for number in range(3000):
+        factor = 1 + 0.01 * (number * 37 % 100)
+        beyond += number >= 1000 and factor > stretch.factor
+        stretch.add(factor)
+    assert beyond / 2000 == pytest.approx(0.1, abs=0.02)
+    for _ in range(1000):
+        stretch.add(1000.0)
+    assert stretch.factor == 3.0
+    for _ in range(1000):
+        stretch.add(0.5)
+    assert stretch.factor == 1.0
 
 
 def test_an_item_that_meets_no_other_is_always_taken(batcher: Batcher[Any, Any], timed: Timed) -> None:
@@ -141,15 +180,57 @@ def test_batches_are_cut_to_what_is_expected_to_take_the_time_that_is_given(time
     batcher: Batcher[Any, Any] = Batcher(
         "test", timed, max_batch=100, queue_limit=100, max_seconds=5.0, clock=timed.clock
     )
-    futures = hold(batcher, timed, waiting=12)
-    timed.gate.set()
-    for future in futures:
-        future.result(SECONDS)
-    assert [len(batch) for batch in timed.batches] == [1, 5, 5, 2]
+    for waiting in (9, 12):
+        futures = hold(batcher, timed, waiting)
+        timed.gate.set()
+        for future in futures:
+            future.result(SECONDS)
+    # While all that is known is one batch of one, the next is as large as may be.
+    assert [len(batch) for batch in timed.batches] == [1, 9, 1, 5, 5, 2]
     batcher.close()
 
 
+def test_a_pace_is_learned_from_batches_of_two_sizes() -> None:
+    pace = Pace()
+    assert (pace.expect(7), pace.largest(1.0, 32)) == (0.0, 32)
+    for _ in range(20):
+        pace.add(2, 10 + 2 * 1.0)
+        pace.add(8, 10 + 8 * 1.0)
+    assert (pace.fixed, pace.each) == (pytest.approx(10), pytest.approx(1))
+    assert pace.expect(5) == pytest.approx(15)
+    # By the time that is given; by three fixed parts, two of them for the items; by the limit.
+    assert [pace.largest(seconds, 32) for seconds in (35.5, 1.0, 100.0)] == [25, 20, 32]
+
+
+def test_a_pace_that_knows_one_size_only_tries_larger_ones_again() -> None:
+    pace = Pace()
+    for size in (1, 3):
+        pace.add(size, 10.0 * size)
+    assert pace.largest(20.0, 32) == 2
+    for _ in range(100):
+        pace.add(1, 10.0)
+    assert pace.largest(20.0, 32) == 32
+    assert pace.expect(1) == pytest.approx(10.0, rel=1e-3)
+
+
+def test_a_pace_follows_what_becomes_slower_and_not_what_is_slow_once() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.add(4, 1.0)
+    pace.add(4, 1000.0)
+    assert pace.expect(4) == pytest.approx(1.1)
+    for _ in range(100):
+        pace.add(4, 5.0)
+    assert pace.expect(4) == pytest.approx(5.0, rel=0.01)
+
+
 # --- Over a socket
+
+
+@pytest.fixture(params=TRANSPORTS)
+def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
+    """Settings for each transport."""
+    return settings.model_copy(update={"transport": request.param})
 
 
 @pytest.fixture

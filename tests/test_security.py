@@ -188,7 +188,7 @@ def allowed_roles(method: str) -> set[str]:
     service, _, name = method.rpartition("/")
     if name in ("GetStatus", "ListVersions", "GetVersion"):
         return {"recommend", "admin"}
-    if name in ("Recommend", "Score", "GetItems"):
+    if name in ("Recommend", "Score", "Explain", "GetItems"):
         return {"recommend"}
     return {"feedback"} if (service, name) == ("/recsys.v1.RecommenderService", "LogFeedback") else {"admin"}
 
@@ -568,7 +568,7 @@ def test_calls_in_flight_on_one_connection_are_bounded(settings: Settings) -> No
 
 
 def test_a_peer_that_pings_all_the_time_is_disconnected(settings: Settings) -> None:
-    with serve(settings) as running:
+    with serve(changed(settings, min_ping_seconds=30.0)) as running:
         with raw(running) as connection:
             ping = struct.pack(">I", 8)[1:] + b"\x06\x00" + struct.pack(">I", 0) + b"12345678"
             with contextlib.suppress(ConnectionError):

@@ -18,16 +18,24 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from serving import Running, serve
+from serving import TRANSPORTS, Running, serve
 
-from recsys.errors import AddressInUse
+from recsys.errors import AddressInUse, SettingsError
 from recsys.server import SERVICES
-from recsys.settings import Settings
+from recsys.service.transport import chosen
+from recsys.settings import Settings, load
+from recsys.store.embedded import EmbeddedStore
 from recsys.v1 import recommender_pb2
 from recsys.v1.recommender_pb2_grpc import RecommenderServiceStub
 
 SECONDS = 30
 Status = health_pb2.HealthCheckResponse
+
+
+@pytest.fixture(params=TRANSPORTS)
+def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
+    """Settings for each transport."""
+    return settings.model_copy(update={"transport": request.param})
 
 
 def health(channel: grpc.Channel, service: str = "") -> int:
@@ -162,6 +170,33 @@ def test_a_port_is_not_shared_with_another_server(settings: Settings) -> None:
         serve(settings) as running,
         pytest.raises(AddressInUse),
         serve(settings.model_copy(update={"port": running.server.port})),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "native"),
+        ({"transport": "grpcio"}, "grpcio"),
+        ({"transport": "native", "host": "0.0.0.0"}, "native"),
+        ({"host": "0.0.0.0"}, "grpcio"),
+        ({"max_connections": 10}, "grpcio"),
+        ({"max_idle_seconds": 60.0}, "grpcio"),
+        ({"min_ping_seconds": 0.0}, "native"),
+        ({"tls_certificate": "chain.pem", "tls_key": "key.pem"}, "grpcio"),
+    ],
+)
+def test_auto_takes_the_transport_that_can_do_what_is_asked(changes: dict[str, Any], expected: str) -> None:
+    assert chosen(load(changes, environment={})) == expected
+
+
+@pytest.mark.parametrize("name", ["max_connections", "max_idle_seconds", "min_ping_seconds"])
+def test_native_is_refused_where_it_cannot_do_what_is_asked(embedded_store: EmbeddedStore, name: str) -> None:
+    flags = {"redis_url": embedded_store.url, "port": 0, "metrics_port": 0, "transport": "native", name: 30}
+    with (
+        pytest.raises(SettingsError, match=f"transport, {name}: native cannot do what {name} ask"),
+        serve(load(flags, environment={})),
     ):
         pass
 

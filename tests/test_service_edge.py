@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import queue
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from calls import (
     violations,
 )
 from prometheus_client import CollectorRegistry
-from serving import ITEMS, PlainFollower, PlainScorer, Running, serve
+from serving import ITEMS, TRANSPORTS, PlainFollower, PlainScorer, Running, serve
 
 from recsys import errors, feedback
 from recsys.feedback_log import FeedbackLog
@@ -43,10 +44,28 @@ from recsys.v1.catalog_pb2_grpc import CatalogServiceStub
 from recsys.v1.model_pb2_grpc import ModelServiceStub
 
 
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def shared_server(embedded_store: EmbeddedStore) -> Iterator[Running]:
-    with serve(load({"redis_url": embedded_store.url, "port": 0, "metrics_port": 0}, environment={})) as running:
+def shared_server(embedded_store: EmbeddedStore, transport: str) -> Iterator[Running]:
+    flags = {"redis_url": embedded_store.url, "port": 0, "metrics_port": 0, "transport": transport}
+    with serve(load(flags, environment={})) as running:
         yield running
+
+
+@pytest.fixture
+def settings(settings: Settings, transport: str) -> Settings:
+    return settings.model_copy(update={"transport": transport})
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -72,6 +91,66 @@ def test_a_message_over_the_limit_is_refused(running: Running) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         log(running, click(context={"k": "v" * (5 << 20)}))
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_metadata_over_the_limit_is_refused_and_the_next_call_is_served(running: Running) -> None:
+    refusals = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
+    for size in (9000, 100_000):
+        with pytest.raises(grpc.RpcError) as caught:
+            recommender(running).Recommend(Request(user_id="u"), timeout=SECONDS, metadata=[("x-much", "m" * size)])
+        # Beyond the limit native answers with HTTP's own status, and far beyond it closes the connection.
+        assert caught.value.code() in refusals
+        assert recommend(running).version == 1
+
+
+def test_compressed_requests_are_understood(running: Running) -> None:
+    request = Request(user_id="u", count=1, exclude_item_ids=ITEMS[:50])
+    call = recommender(running).Recommend
+    answer = call(request, timeout=SECONDS, compression=grpc.Compression.Gzip)
+    assert [item.item_id for item in answer.items] == [ITEMS[50]]
+
+
+def test_a_message_of_an_error_arrives_as_it_is(running: Running) -> None:
+    message = click(feedback_class="é%\n\U0001f600")
+    assert "é%\\n\U0001f600" in log(running, message).results[0].refusal
+    details = violations(lambda: recommend(running, user_id="é" * 129))
+    assert details == {"user_id": "has 258 bytes; at most 256 are allowed"}
+    request = recommender_pb2.RecommendRequest(user_id="u", exclude_item_ids=["é" * 200] * 30)
+    assert len(violations(lambda: recommender(running).Recommend(request, timeout=SECONDS))) == 20
+
+
+def test_a_caller_that_hangs_up_is_counted(settings: Settings) -> None:
+    with serve(settings) as running:
+        labels = {"grpc_type": "unary", "grpc_service": "recsys.v1.RecommenderService", "grpc_method": "Recommend"}
+
+        def counted(code: str) -> float:
+            return running.value("grpc_server_handled_total", grpc_code=code, **labels)
+
+        running.scorer.gate.clear()
+        held = recommender(running).Recommend.future(Request(user_id="held"), timeout=SECONDS)
+        assert running.scorer.entered.acquire(timeout=SECONDS)
+        waits = recommender(running).Recommend.future(Request(user_id="waits"), timeout=SECONDS)
+        until(lambda: running.value("recsys_queue_requests") == 1)
+        waits.cancel()
+        until(lambda: counted("CANCELLED") == 1)
+        running.scorer.gate.set()
+        assert held.result().version == 1
+        assert (counted("OK"), running.value("grpc_server_started_total", **labels)) == (1, 2)
+
+
+def test_calls_that_come_while_a_batch_is_scored_are_scored_together(settings: Settings) -> None:
+    with serve(settings) as running:
+        running.scorer.gate.clear()
+        calls = [recommender(running).Recommend.future(Request(user_id="held"), timeout=SECONDS)]
+        assert running.scorer.entered.acquire(timeout=SECONDS)
+        calls += [recommender(running).Recommend.future(Request(user_id="u"), timeout=SECONDS) for _ in range(40)]
+        until(lambda: running.value("recsys_queue_requests") == 40)
+        running.scorer.gate.set()
+        assert {call.result().version for call in calls} == {1}
+        assert running.scorer.batches[0] == 1
+        # By the metric too: 41 calls in batches of 20 on average behind the first.
+        assert running.value("recsys_score_batch_requests_sum") == 41
+        assert running.value("recsys_score_batch_requests_count") == 3
 
 
 def test_an_unexpected_failure_is_logged_and_tells_nothing(running: Running, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,11 +260,12 @@ def test_a_full_log_refuses_feedback(settings: Settings) -> None:
         assert Histories(running.store, running.settings).read(["u"]) == before
 
 
-def test_without_the_store_recommending_goes_on_and_feedback_is_refused(tmp_path: Path) -> None:
+def test_without_the_store_recommending_goes_on_and_feedback_is_refused(tmp_path: Path, transport: str) -> None:
     lost = EmbeddedStore(tmp_path)
     lost.start()
     try:
-        settings = load({"redis_url": lost.url, "port": 0, "metrics_port": 0}, environment={})
+        flags = {"redis_url": lost.url, "port": 0, "metrics_port": 0, "transport": transport}
+        settings = load(flags, environment={})
         with serve(settings) as running:
             log(running, click("item-0"))
             assert recommend(running).items[0].source == recommender_pb2.SOURCE_TRANSITION

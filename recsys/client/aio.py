@@ -14,7 +14,7 @@ from recsys.client import calls
 from recsys.client.calls import Call, FeedbackResult, Recommendations, Scores
 from recsys.client.channel import TlsOptions, metadata_of, multicallables, open_channel, to_error
 from recsys.feedback import Feedback
-from recsys.v1 import model_pb2
+from recsys.v1 import model_pb2, recommender_pb2
 
 Result = TypeVar("Result")
 
@@ -62,6 +62,17 @@ class AsyncClient:
     ) -> Scores:
         """Score candidates for one user, in the order given."""
         return await self._do(calls.score(user_id, item_ids, context), timeout)
+
+    async def explain(
+        self,
+        user_id: str,
+        item_id: str,
+        *,
+        context: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> recommender_pb2.ExplainResponse:
+        """Tell what an item's score for a user is made of, and what each entry of the user's history does to it."""
+        return await self._do(calls.explain(user_id, item_id, context), timeout)
 
     async def log_feedback(self, feedback: Iterable[Feedback], *, timeout: float | None = None) -> list[FeedbackResult]:
         """Send feedback, and return what became of each in order; as Client.log_feedback."""
@@ -118,6 +129,10 @@ class AsyncClient:
     async def resume_learning(self, *, timeout: float | None = None) -> None:
         """Tell trainers to go on learning."""
         await self._do(calls.resume_learning(), timeout)
+
+    async def forget_user(self, user_id: str, *, timeout: float = calls.FORGET_SECONDS) -> model_pb2.ForgetUserResponse:
+        """Remove what was logged of a user, and return how much it was and what remains; may be called again."""
+        return await self._do(calls.forget_user(user_id), timeout)
 
     async def close(self) -> None:
         """Close the connection; calls in flight fail."""

@@ -21,6 +21,8 @@ MAX_REQUEST_BYTES = 3 << 20
 PAGE_SIZE = 100
 # A rollback moves all of the weights.
 ROLLBACK_SECONDS = 60.0
+# Forgetting a user reads all of the feedback log.
+FORGET_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,12 @@ def score(user_id: str, item_ids: Iterable[str], context: Mapping[str, str] | No
     return Call("/recsys.v1.RecommenderService/Score", request, _scores)
 
 
+def explain(user_id: str, item_id: str, context: Mapping[str, str] | None) -> Call[recommender_pb2.ExplainResponse]:
+    """Ask what one score is made of."""
+    request = recommender_pb2.ExplainRequest(user_id=user_id, item_id=item_id, context=context)
+    return Call("/recsys.v1.RecommenderService/Explain", request, lambda response: response)
+
+
 def log_feedback(feedback: Iterable[Feedback]) -> Iterator[Call[list[FeedbackResult]]]:
     """Send feedback, in as many calls as a server's limits ask for.
 
@@ -193,6 +201,12 @@ def pause_learning() -> Call[None]:
 def resume_learning() -> Call[None]:
     """Go on learning."""
     return Call("/recsys.v1.ModelService/ResumeLearning", model_pb2.ResumeLearningRequest(), lambda response: None)
+
+
+def forget_user(user_id: str) -> Call[model_pb2.ForgetUserResponse]:
+    """Remove what was logged of a user."""
+    request = model_pb2.ForgetUserRequest(user_id=user_id)
+    return Call("/recsys.v1.ModelService/ForgetUser", request, lambda response: response)
 
 
 def _log_feedback(batch: Sequence[recommender_pb2.Feedback]) -> Call[list[FeedbackResult]]:

@@ -38,6 +38,8 @@ SERVICE_CONFIG = {
 OPTIONS = [
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
     ("grpc.enable_retries", 1),
+    # Else all clients of a process share one connection, and with it one of a server's processes.
+    ("grpc.use_local_subchannel_pool", 1),
     # The library waits a second before it connects again, as long as a call may take.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),

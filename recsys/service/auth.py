@@ -22,6 +22,7 @@ SCHEME = "bearer "
 ROLES: dict[str, frozenset[Role]] = {
     "/recsys.v1.RecommenderService/Recommend": frozenset({"recommend"}),
     "/recsys.v1.RecommenderService/Score": frozenset({"recommend"}),
+    "/recsys.v1.RecommenderService/Explain": frozenset({"recommend"}),
     "/recsys.v1.RecommenderService/LogFeedback": frozenset({"feedback"}),
     "/recsys.v1.CatalogService/GetItems": frozenset({"recommend"}),
     "/recsys.v1.ModelService/GetStatus": frozenset({"recommend", "admin"}),

@@ -1,30 +1,35 @@
-"""Edge: what every call passes on its way in and out: request id, numbers, permission, parsing, deadline and errors."""
+"""Edge: what every call passes on its way in and out, whichever transport brings it.
+
+Request id, numbers, permission, parsing, deadline and errors. Nothing here waits: a call that cannot be answered at
+once is ended by the thread that has its answer.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import os
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import grpc
-import grpc.aio
-from google.protobuf.message import DecodeError
-from grpc_status import rpc_status
+from google.protobuf import message_factory
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2
 
 from recsys.errors import DeadlinePassed, InvalidInput, NotReady, Overloaded, Violation
-from recsys.metrics import ServerMetrics
+from recsys.metrics import CODES, ServerMetrics
 from recsys.service.auth import Guard
 from recsys.service.errors import to_status, wire_error
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 # A caller that sets no deadline would otherwise wait for ever.
 DEFAULT_DEADLINE_SECONDS = 10.0
 REQUEST_ID_HEADER = "x-request-id"
 MAX_REQUEST_ID_LENGTH = 128
+REQUEST_ID_BYTES = 16
+DETAILS_HEADER = "grpc-status-details-bin"
 # As the metrics name what turned a call away before any work on it.
 _REJECTIONS: dict[type[Exception], str] = {
     Overloaded: "overloaded",
@@ -34,123 +39,177 @@ _REJECTIONS: dict[type[Exception], str] = {
 
 _log = logging.getLogger(__name__)
 
-
-def deadline_of(context: Context) -> float:
-    """Return when the call must be answered, in seconds of time.monotonic().
-
-    Raises:
-        DeadlinePassed: when that moment is over, so that no work is begun.
-    """
-    remaining = context.time_remaining()
-    seconds = DEFAULT_DEADLINE_SECONDS if remaining is None else remaining
-    if seconds <= 0:
-        raise DeadlinePassed("the deadline passed before work on the call began")
-    return time.monotonic() + seconds
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
 
-class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
-    """Wrap every method of our own services; health and reflection pass as they are, and need no token.
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Promise a response: `make` turns what `future` ends with into it, in the thread that ends the future."""
+
+    future: Future[Any]
+    make: Callable[[Any], Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Hold one method: `behavior` takes the request and the deadline, in seconds of time.monotonic()."""
+
+    service: str
+    name: str
+    parse: Callable[[bytes], Message]
+    behavior: Callable[[Any, float], Message | Pending]
+
+    @property
+    def path(self) -> str:
+        """Return the method's full name, such as /recsys.v1.X/Y."""
+        return f"/{self.service}/{self.name}"
+
+
+def methods_of(service: ServiceDescriptor, servicer: object) -> Iterator[Method]:
+    """Go through a service's methods, each with the servicer's attribute of that name."""
+    for method in service.methods:
+        parse = message_factory.GetMessageClass(method.input_type).FromString
+        yield Method(service.full_name, method.name, parse, getattr(servicer, method.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Say how a call ends that gets no answer: gRPC's code and message, and a serialized google.rpc.Status."""
+
+    code: int
+    message: str
+    details: bytes
+
+    @property
+    def trailers(self) -> list[tuple[str, str | bytes]]:
+        """Return the trailing metadata that carries the details."""
+        return [(DETAILS_HEADER, self.details)]
+
+
+# None: the caller has gone, and nothing is sent.
+Ending: TypeAlias = bytes | Refusal | None
+
+
+class Edge:
+    """Make a Call of what a transport receives; `methods` holds every method of our own services by its path."""
+
+    def __init__(
+        self, methods: Iterable[Method], metrics: ServerMetrics, guard: Guard, *, max_answer_bytes: int
+    ) -> None:
+        self.methods: Mapping[str, Method] = {method.path: method for method in methods}
+        self.metrics = metrics
+        self.guard = guard
+        self.max_answer_bytes = max_answer_bytes
+
+    def call(self, path: str, metadata: Metadata, remaining: float | None, end: Callable[[Ending], None]) -> Call:
+        """Prepare the call of a method in `methods`; `remaining` is the time until its deadline, None without one.
+
+        `end` is called once, with what the caller shall get: while the call begins or later, from any thread.
+        """
+        return Call(self, self.methods[path], metadata, remaining, end)
+
+
+class Call:
+    """One call, from its arrival to its end; `begin` and `cancel` belong to one thread.
 
     Whether the caller may call at all is asked before its message is looked at.
     """
 
-    def __init__(self, services: Sequence[str], metrics: ServerMetrics, guard: Guard, *, max_answer_bytes: int) -> None:
-        self._services = frozenset(services)
-        self._metrics = metrics
-        self._guard = guard
-        self._max_answer_bytes = max_answer_bytes
-        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+    __slots__ = ("_deadline", "_edge", "_end", "_given_up", "_make", "_metadata", "_method", "_started", "_work")
 
-    async def intercept_service(
+    def __init__(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Return the handler of a call, wrapped once per method."""
-        method = handler_call_details.method
-        known = self._wrapped.get(method)
-        if known is not None:
-            return known
-        handler = await continuation(handler_call_details)
-        # No handler: an unknown method, whose name the caller chose; it must not grow the cache.
-        if handler is None or method.split("/")[1] not in self._services:
-            return handler
-        return self._wrapped.setdefault(method, self._wrap(method, handler))
+        edge: Edge,
+        method: Method,
+        metadata: Metadata,
+        remaining: float | None,
+        end: Callable[[Ending], None],
+    ) -> None:
+        self._started = time.perf_counter()
+        self._edge = edge
+        self._method = method
+        self._metadata = metadata
+        seconds = DEFAULT_DEADLINE_SECONDS if remaining is None else remaining
+        self._deadline = time.monotonic() + seconds
+        self._end = end
+        self._work: Future[Any] | None = None
+        self._given_up = False
 
-    def _wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        service, name = method.removeprefix("/").split("/")
-        parse: Any = handler.request_deserializer
-        serialize: Any = handler.response_serializer
-        behavior: Any = handler.unary_unary
+    def begin(self, data: bytes) -> None:
+        """Check and parse the message and start the work, or refuse it."""
+        method = self._method
+        self._edge.metrics.rpc_started(method.service, method.name)
+        try:
+            self._edge.guard.check(method.path, self._metadata)
+            if self._deadline <= time.monotonic():
+                raise DeadlinePassed("the deadline passed before work on the call began")
+            found = method.behavior(_parse(method.parse, data), self._deadline)
+            if isinstance(found, Message):
+                self._answer(found)
+                return
+        except Exception as error:
+            self._refuse(error)
+            return
+        self._make, self._work = found.make, found.future
+        found.future.add_done_callback(self._finish)
 
-        async def call(data: bytes, context: Context) -> bytes:
-            started = time.perf_counter()
-            self._metrics.rpc_started(service, name)
+    def cancel(self) -> None:
+        """Note that the caller has gone; work that has not begun never will."""
+        self._given_up = True
+        if self._work is not None:
+            self._work.cancel()
 
-            def handled(code: grpc.StatusCode) -> None:
-                self._metrics.rpc_handled(service, name, code.name, time.perf_counter() - started)
+    def _finish(self, work: Future[Any]) -> None:
+        if self._given_up or work.cancelled():
+            # Transports cancel both when the caller hangs up and when its deadline passes.
+            late = time.monotonic() >= self._deadline
+            self._handled(code_pb2.DEADLINE_EXCEEDED if late else code_pb2.CANCELLED)
+            self._end(None)
+            return
+        try:
+            self._answer(self._make(work.result()))
+        except Exception as error:
+            self._refuse(error)
 
-            try:
-                self._guard.check(method, context.invocation_metadata() or ())
-                answer: bytes = serialize(await behavior(_parse(parse, data), context))
-                self._check_size(answer)
-            except asyncio.CancelledError:
-                # The library cancels the handler both when the caller hangs up and when its deadline passes.
-                late = context.time_remaining() == 0
-                handled(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
-                raise
-            except Exception as error:
-                status = rpc_status.to_status(self._explain(error, method, context))
-                # Before the caller hears of it: who reads the numbers after a call finds it counted.
-                handled(status.code)
-                await _abort(context, status)
-            handled(grpc.StatusCode.OK)
-            return answer
-
-        # No deserializer: the library answers UNKNOWN to bytes that do not parse, where the fault is the caller's. No
-        # serializer: it ends a call whose answer is too large without a reason, and after it was counted as OK.
-        behavior_of_bytes: Any = call
-        return grpc.unary_unary_rpc_method_handler(behavior_of_bytes)
-
-    def _check_size(self, answer: bytes) -> None:
-        if len(answer) > self._max_answer_bytes:
-            given = f"asks for an answer of {len(answer)} bytes; at most {self._max_answer_bytes} fit a message"
+    def _answer(self, response: Message) -> None:
+        answer = response.SerializeToString()
+        limit = self._edge.max_answer_bytes
+        if len(answer) > limit:
+            given = f"asks for an answer of {len(answer)} bytes; at most {limit} fit a message"
             raise InvalidInput([Violation("request", f"{given}; ask for less at a time")])
+        # Counted before the caller hears of it: who reads the numbers after a call finds it there.
+        self._handled(code_pb2.OK)
+        self._end(answer)
 
-    def _explain(self, error: Exception, method: str, context: Context) -> Any:
-        request_id = _request_id(context)
+    def _refuse(self, error: Exception) -> None:
+        path, request_id = self._method.path, _request_id(self._metadata)
         wire = wire_error(error)
-        if wire.code == grpc.StatusCode.INTERNAL.value[0]:
-            _log.error("%s failed, request id %s", method, request_id, exc_info=error)
+        if wire.code == code_pb2.INTERNAL:
+            _log.error("%s failed, request id %s", path, request_id, exc_info=error)
         elif wire.message is not None:
-            _log.warning("%s refused, request id %s: %s", method, request_id, error)
+            _log.warning("%s refused, request id %s: %s", path, request_id, error)
         if type(error) in _REJECTIONS:
-            self._metrics.rejected(_REJECTIONS[type(error)])
-        return to_status(error, method=method, request_id=request_id)
+            self._edge.metrics.rejected(_REJECTIONS[type(error)])
+        status = to_status(error, method=path, request_id=request_id)
+        self._handled(status.code)
+        self._end(Refusal(status.code, status.message, status.SerializeToString()))
+
+    def _handled(self, code: int) -> None:
+        method = self._method
+        self._edge.metrics.rpc_handled(method.service, method.name, CODES[code], time.perf_counter() - self._started)
 
 
-async def _abort(context: Context, status: grpc.Status) -> NoReturn:
-    """End a call with an error; quietly when the caller has gone meanwhile, as many do while a server is overloaded."""
-    try:
-        await context.abort(status.code, status.details, status.trailing_metadata)
-    except grpc.aio.AbortError:
-        raise
-    except Exception:
-        if not context.done():
-            raise
-        raise asyncio.CancelledError from None
-
-
-def _parse(parse: Callable[[bytes], Any], data: bytes) -> Any:
+def _parse(parse: Callable[[bytes], Message], data: bytes) -> Message:
+    """Read a message here: libraries answer UNKNOWN or INTERNAL to bytes that are the caller's fault."""
     try:
         return parse(data)
     except DecodeError:
         raise InvalidInput([Violation("request", "is not a valid protobuf message of this method")]) from None
 
 
-def _request_id(context: Context) -> str:
+def _request_id(metadata: Metadata) -> str:
     """Return the caller's request id where it sent a sound one, else a new one."""
-    for key, value in context.invocation_metadata() or ():
+    for key, value in metadata:
         if key == REQUEST_ID_HEADER and isinstance(value, str) and 0 < len(value) <= MAX_REQUEST_ID_LENGTH:
             return value
-    return uuid.uuid4().hex
+    return os.urandom(REQUEST_ID_BYTES).hex()

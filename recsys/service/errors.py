@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from google.protobuf import duration_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -34,6 +35,7 @@ TABLE: dict[type[errors.RecsysError], WireError] = {
     errors.InvalidInput: WireError(code_pb2.INVALID_ARGUMENT),
     errors.SettingsError: _INTERNAL,
     errors.InputFileError: _INTERNAL,
+    errors.MissingExtra: _INTERNAL,
     errors.Unauthenticated: WireError(code_pb2.UNAUTHENTICATED),
     errors.PermissionDenied: WireError(code_pb2.PERMISSION_DENIED),
     errors.NotReady: WireError(code_pb2.UNAVAILABLE, retry_seconds=1.0),
@@ -41,6 +43,17 @@ TABLE: dict[type[errors.RecsysError], WireError] = {
         code_pb2.UNAVAILABLE,
         retry_seconds=1.0,
         message="the store did not answer, so nothing is acknowledged; try again (with the same feedback_id)",
+    ),
+    errors.StoreReadOnly: WireError(
+        code_pb2.UNAVAILABLE,
+        retry_seconds=5.0,
+        message="the store takes no writes at present, as when its disk is full; nothing was written, try again",
+    ),
+    errors.NotDurable: WireError(
+        code_pb2.UNAVAILABLE,
+        retry_seconds=1.0,
+        message="what was written is not as durable as the settings ask, so nothing is acknowledged; try again (with "
+        "the same feedback_id)",
     ),
     errors.StoreFull: WireError(
         code_pb2.RESOURCE_EXHAUSTED,
@@ -85,14 +98,14 @@ def to_status(error: Exception, *, method: str, request_id: str) -> status_pb2.S
         )
     if wire.retry_seconds is not None:
         seconds = (error.retry_seconds if isinstance(error, errors.Overloaded) else None) or wire.retry_seconds
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(math.ceil(seconds * 1000))
-        details.append(retry)
+        milliseconds = math.ceil(seconds * 1000)
+        delay = duration_pb2.Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     details.append(error_details_pb2.RequestInfo(request_id=request_id))
     details.insert(0, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
-    status = status_pb2.Status(code=wire.code, message=wire.message or str(error))
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
+    return status_pb2.Status(code=wire.code, message=wire.message or str(error), details=map(_packed, details))
+
+
+def _packed(detail: Message) -> AnyMessage:
+    """Do what Any.Pack does, in a third of its time: an overloaded server does little else."""
+    return AnyMessage(type_url=f"type.googleapis.com/{detail.DESCRIPTOR.full_name}", value=detail.SerializeToString())

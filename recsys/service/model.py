@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import recsys
 from recsys.errors import NotRetained, StoreUnavailable
-from recsys.feedback_log import FeedbackLog
+from recsys.feedback_log import BEGINNING, FeedbackLog
+from recsys.forgetting import Forgetting, Forgotten
 from recsys.quarantine import Quarantine
 from recsys.scorer import Scorer
 from recsys.service import validation
-from recsys.service.edge import Context, deadline_of
+from recsys.service.edge import Pending
 from recsys.service.store_calls import StoreCalls
 from recsys.settings import Settings
 from recsys.v1 import model_pb2
-from recsys.v1.model_pb2_grpc import ModelServiceServicer
 from recsys.weights import VersionRecord, WeightStore
 from recsys.weights.earlier import describe_retained, roll_back
 
@@ -31,13 +31,14 @@ class StoreFacts:
     log_records: int = -1
     log_bytes: int = -1
     retained_from: int = -1
-    retained_bytes: int = -1
+    delta_bytes: int = -1
+    snapshot_bytes: int = -1
     snapshots: int = -1
     paused: bool = False
     reachable: bool = False
 
 
-class Model(ModelServiceServicer):
+class Model:
     """Serve recsys.v1.ModelService."""
 
     def __init__(
@@ -47,18 +48,25 @@ class Model(ModelServiceServicer):
         log: FeedbackLog,
         weights: WeightStore,
         quarantine: Quarantine,
+        forgetting: Forgetting,
         calls: StoreCalls,
+        forgetting_calls: StoreCalls,
     ) -> None:
         self._settings = settings
         self._scorer = scorer
         self._log = log
         self._weights = weights
         self._quarantine = quarantine
+        self._forgetting = forgetting
         self._calls = calls
+        # Apart from the others, which would wait while the whole log is gone through.
+        self._forgetting_calls = forgetting_calls
 
-    async def GetStatus(self, request: model_pb2.GetStatusRequest, context: Context) -> model_pb2.GetStatusResponse:
+    def GetStatus(self, request: model_pb2.GetStatusRequest, deadline: float) -> Pending:
         """Tell what this server serves; answers without the store too."""
-        facts = await self._calls.run(self._ask_store, deadline_of(context))
+        return Pending(self._calls.submit(self._ask_store, deadline), self._status)
+
+    def _status(self, facts: StoreFacts) -> model_pb2.GetStatusResponse:
         status = self._scorer.status
         response = model_pb2.GetStatusResponse(
             version=status.version,
@@ -73,7 +81,11 @@ class Model(ModelServiceServicer):
             feedback_classes=[c.name for c in self._settings.classes],
             learning_paused=facts.paused,
             retained_versions_from=facts.retained_from,
-            retained_bytes=facts.retained_bytes,
+            retained_bytes=facts.delta_bytes + facts.snapshot_bytes if facts.reachable else -1,
+            delta_bytes=facts.delta_bytes,
+            snapshot_bytes=facts.snapshot_bytes,
+            weights_max_bytes=self._settings.weights_max_bytes,
+            weights_problem=self._scorer.problem,
             snapshots=facts.snapshots,
         )
         if status.version:
@@ -81,56 +93,73 @@ class Model(ModelServiceServicer):
             response.applied_time.FromMilliseconds(status.applied_ms)
         return response
 
-    async def ListVersions(
-        self, request: model_pb2.ListVersionsRequest, context: Context
-    ) -> model_pb2.ListVersionsResponse:
+    def ListVersions(self, request: model_pb2.ListVersionsRequest, deadline: float) -> Pending:
         """List the retained versions, newest first; a page token is the version that the page ends before."""
-        deadline = deadline_of(context)
         size, before = validation.page(request)
+
+        def response(versions: list[model_pb2.Version]) -> model_pb2.ListVersionsResponse:
+            more = len(versions) > size
+            return model_pb2.ListVersionsResponse(
+                versions=versions[:size], next_page_token=str(versions[size - 1].version) if more else ""
+            )
+
         # One more than asked for tells whether there is a next page.
-        versions = await self._calls.run(lambda: self._retained(size + 1, before), deadline)
-        more = len(versions) > size
-        return model_pb2.ListVersionsResponse(
-            versions=versions[:size], next_page_token=str(versions[size - 1].version) if more else ""
+        return Pending(self._calls.submit(lambda: self._retained(size + 1, before), deadline), response)
+
+    def GetVersion(self, request: model_pb2.GetVersionRequest, deadline: float) -> Pending:
+        """Return one retained version."""
+        number = validation.version(request)
+        return Pending(self._calls.submit(lambda: self._retained_one(number), deadline), lambda version: version)
+
+    def Rollback(self, request: model_pb2.RollbackRequest, deadline: float) -> Pending:
+        """Put the content of an earlier version in force again, as a new version."""
+        validation.rollback(request)
+        return Pending(
+            self._calls.submit(lambda: self._roll_back(request), deadline),
+            lambda record: _version(record, snapshot=False),
         )
 
-    async def GetVersion(self, request: model_pb2.GetVersionRequest, context: Context) -> model_pb2.Version:
-        """Return one retained version."""
-        deadline = deadline_of(context)
-        number = validation.version(request)
-        found = await self._calls.run(lambda: self._retained(1, number + 1), deadline)
-        if not found or found[0].version != number:
-            retained = await self._calls.run(lambda: describe_retained(self._weights), deadline)
-            raise NotRetained(f"version {number} is not retained; {retained}")
-        return found[0]
+    def PauseLearning(self, request: model_pb2.PauseLearningRequest, deadline: float) -> Pending:
+        """Tell trainers to stop learning."""
+        return Pending(
+            self._calls.submit(lambda: self._pause(True), deadline), lambda _: model_pb2.PauseLearningResponse()
+        )
 
-    async def Rollback(self, request: model_pb2.RollbackRequest, context: Context) -> model_pb2.Version:
-        """Put the content of an earlier version in force again, as a new version."""
-        deadline = deadline_of(context)
-        validation.rollback(request)
-        record = await self._calls.run(lambda: self._roll_back(request), deadline)
-        _log.warning("version %d has the content of version %d: %r", record.version, request.version, request.reason)
-        return _version(record, snapshot=False)
+    def ResumeLearning(self, request: model_pb2.ResumeLearningRequest, deadline: float) -> Pending:
+        """Tell trainers to go on learning."""
+        return Pending(
+            self._calls.submit(lambda: self._pause(False), deadline), lambda _: model_pb2.ResumeLearningResponse()
+        )
+
+    def ForgetUser(self, request: model_pb2.ForgetUserRequest, deadline: float) -> Pending:
+        """Remove what was logged of a user."""
+        user_id = validation.user(request, self._settings)
+        return Pending(self._forgetting_calls.submit(lambda: self._forget(user_id), deadline), _forgotten)
+
+    def _forget(self, user_id: str) -> Forgotten:
+        head = self._weights.head()
+        forgotten = self._forgetting.forget(user_id, head.position if head else BEGINNING)
+        _log.warning(
+            "a user is forgotten: %d history entries, %d records, %d records in quarantine",
+            *(forgotten.history_entries, forgotten.log_records, forgotten.set_aside_records),
+        )
+        return forgotten
 
     def _roll_back(self, request: model_pb2.RollbackRequest) -> VersionRecord:
         now_ms = time.time_ns() // 1_000_000
-        return roll_back(self._weights, self._quarantine, request.version, request.reason, now_ms)
+        record = roll_back(self._weights, self._quarantine, request.version, request.reason, now_ms)
+        _log.warning("version %d has the content of version %d: %r", record.version, request.version, request.reason)
+        return record
 
-    async def PauseLearning(
-        self, request: model_pb2.PauseLearningRequest, context: Context
-    ) -> model_pb2.PauseLearningResponse:
-        """Tell trainers to stop learning."""
-        await self._calls.run(lambda: self._weights.pause(True), deadline_of(context))
-        _log.warning("learning is paused")
-        return model_pb2.PauseLearningResponse()
+    def _pause(self, pause: bool) -> None:
+        self._weights.pause(pause)
+        _log.warning("learning is paused" if pause else "learning goes on")
 
-    async def ResumeLearning(
-        self, request: model_pb2.ResumeLearningRequest, context: Context
-    ) -> model_pb2.ResumeLearningResponse:
-        """Tell trainers to go on learning."""
-        await self._calls.run(lambda: self._weights.pause(False), deadline_of(context))
-        _log.warning("learning goes on")
-        return model_pb2.ResumeLearningResponse()
+    def _retained_one(self, number: int) -> model_pb2.Version:
+        found = self._retained(1, number + 1)
+        if not found or found[0].version != number:
+            raise NotRetained(f"version {number} is not retained; {describe_retained(self._weights)}")
+        return found[0]
 
     def _retained(self, count: int, before: int | None) -> list[model_pb2.Version]:
         """List retained versions below `before`, newest first."""
@@ -148,16 +177,18 @@ class Model(ModelServiceServicer):
             appended = self._log.appended()
             usage = self._log.usage()
             snapshots = self._weights.snapshot_versions()
-            retained_bytes, paused = self._weights.usage(), self._weights.paused()
+            sizes, paused = self._weights.sizes(), self._weights.paused()
         except StoreUnavailable:
             return StoreFacts()
         learned = head.feedback_learned if head else 0
         # A store restored from an older copy may hold weights that know more than its log.
         backlog = max(0, appended - learned)
         oldest = min(snapshots, default=1) if head else 0
-        return StoreFacts(
-            backlog, usage.records, usage.bytes, oldest, retained_bytes, len(snapshots), paused, reachable=True
-        )
+        return StoreFacts(backlog, usage.records, usage.bytes, oldest, *sizes, len(snapshots), paused, reachable=True)
+
+
+def _forgotten(forgotten: Forgotten) -> model_pb2.ForgetUserResponse:
+    return model_pb2.ForgetUserResponse(**asdict(forgotten))
 
 
 def _version(record: VersionRecord, snapshot: bool) -> model_pb2.Version:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 
 from recsys.batcher import Batcher
 from recsys.catalog import CatalogMirror
@@ -17,13 +17,13 @@ from recsys.feedback import Feedback
 from recsys.feedback_log import Appended, FeedbackLog
 from recsys.histories import Histories
 from recsys.metrics import ServerMetrics
-from recsys.scorer import Answer, Query, ScoredItem, Scorer
+from recsys.scorer import Answer, Explanation, Query, ScoredItem, Scorer, explain
 from recsys.service import validation
-from recsys.service.edge import Context, deadline_of
+from recsys.service.edge import Pending
+from recsys.service.store_calls import StoreCalls
 from recsys.settings import Settings
 from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.v1 import recommender_pb2
-from recsys.v1.recommender_pb2_grpc import RecommenderServiceServicer
 
 DEFAULT_COUNT = 10
 # After a failed read the store is left alone for this many times as long as the failure took: a store that hangs
@@ -96,7 +96,7 @@ class Appending:
         return [[next(appended) for _ in call] for call in calls]
 
 
-class Recommender(RecommenderServiceServicer):
+class Recommender:
     """Serve recsys.v1.RecommenderService; errors are raised as RecsysError and translated at the edge."""
 
     def __init__(
@@ -106,6 +106,8 @@ class Recommender(RecommenderServiceServicer):
         mirror: CatalogMirror,
         scoring: Batcher[Question, Answer],
         appending: Batcher[list[Feedback], list[Appended]],
+        histories: Histories,
+        explaining: StoreCalls,
         metrics: ServerMetrics,
     ) -> None:
         self._settings = settings
@@ -113,14 +115,14 @@ class Recommender(RecommenderServiceServicer):
         self._mirror = mirror
         self._scoring = scoring
         self._appending = appending
+        self._histories = histories
+        self._explaining = explaining
         self._metrics = metrics
 
-    async def Recommend(
-        self, request: recommender_pb2.RecommendRequest, context: Context
-    ) -> recommender_pb2.RecommendResponse:
+    def Recommend(self, request: recommender_pb2.RecommendRequest, deadline: float) -> Pending:
         """Rank items for one user."""
         started = time.perf_counter()
-        deadline = deadline_of(context)
+        self._admit(deadline)
         validation.recommend_request(request, self._settings)
         query = Query(
             history=(),
@@ -130,7 +132,11 @@ class Recommender(RecommenderServiceServicer):
             filter=validation.category_filter(request),
             context=dict(request.context),
         )
-        answer = await self._score(Question(request.user_id, query), deadline)
+        future = self._score(Question(request.user_id, query), deadline)
+        return Pending(future, lambda answer: self._recommended(answer, started))
+
+    def _recommended(self, answer: Answer, started: float) -> recommender_pb2.RecommendResponse:
+        self._metrics.queue_length(len(self._scoring))
         response = recommender_pb2.RecommendResponse(
             recommendation_id=uuid.uuid4().hex,
             items=[
@@ -147,35 +153,43 @@ class Recommender(RecommenderServiceServicer):
         self._metrics.recommended(Counter(item.source for item in answer.items), time.perf_counter() - started)
         return response
 
-    async def Score(self, request: recommender_pb2.ScoreRequest, context: Context) -> recommender_pb2.ScoreResponse:
+    def Score(self, request: recommender_pb2.ScoreRequest, deadline: float) -> Pending:
         """Score the caller's candidates, in the caller's order."""
-        deadline = deadline_of(context)
+        self._admit(deadline)
         validation.score_request(request, self._settings)
         query = Query(history=(), candidates=list(request.item_ids), context=dict(request.context))
-        answer = await self._score(Question(request.user_id, query), deadline)
+        return Pending(self._score(Question(request.user_id, query), deadline), self._scored)
+
+    def _scored(self, answer: Answer) -> recommender_pb2.ScoreResponse:
+        self._metrics.queue_length(len(self._scoring))
         return recommender_pb2.ScoreResponse(
-            items=[
-                recommender_pb2.ScoredItem(
-                    item_id=item.item_id,
-                    score=item.score,
-                    known=item.known,
-                    class_probabilities=item.class_probabilities,
-                )
-                for item in answer.items
-            ],
+            items=[_scored_item(item) for item in answer.items],
             version=answer.version,
         )
 
-    async def LogFeedback(
-        self, request: recommender_pb2.LogFeedbackRequest, context: Context
-    ) -> recommender_pb2.LogFeedbackResponse:
-        """Accept or refuse each feedback by itself; what is accepted is in the log when this returns."""
-        deadline = deadline_of(context)
+    def Explain(self, request: recommender_pb2.ExplainRequest, deadline: float) -> Pending:
+        """Tell what one item's score is made of; without the store there is no answer rather than a wrong one."""
+        validation.explain_request(request, self._settings)
+        return Pending(self._explaining.submit(lambda: self._explain(request), deadline), _explained)
+
+    def _explain(self, request: recommender_pb2.ExplainRequest) -> Explanation:
+        (history,) = self._histories.read([request.user_id])
+        context, length = dict(request.context), self._settings.history_length
+        return explain(self._scorer, history, request.item_id, context, length)
+
+    def LogFeedback(
+        self, request: recommender_pb2.LogFeedbackRequest, deadline: float
+    ) -> Pending | recommender_pb2.LogFeedbackResponse:
+        """Accept or refuse each feedback by itself; what is accepted is in the log when this is answered."""
         checked = validation.feedback_list(request.feedback, self._settings, time.time_ns() // 1_000_000)
         accepted = [each for each in checked if isinstance(each, Feedback)]
-        appended: list[Appended] = []
-        if accepted:
-            appended = await asyncio.wrap_future(self._appending.submit(accepted, deadline))
+        if not accepted:
+            return self._logged(checked, [])
+        return Pending(self._appending.submit(accepted, deadline), lambda appended: self._logged(checked, appended))
+
+    def _logged(
+        self, checked: list[Feedback | Violation], appended: list[Appended]
+    ) -> recommender_pb2.LogFeedbackResponse:
         self._count_feedback(checked, appended)
         outcome = iter(appended)
         return recommender_pb2.LogFeedbackResponse(
@@ -183,19 +197,20 @@ class Recommender(RecommenderServiceServicer):
                 _refused(index, each) if isinstance(each, Violation) else _accepted(index, next(outcome))
                 for index, each in enumerate(checked)
             ],
-            accepted=len(accepted),
-            refused=len(checked) - len(accepted),
+            accepted=len(appended),
+            refused=len(checked) - len(appended),
         )
 
-    async def _score(self, question: Question, deadline: float) -> Answer:
+    def _admit(self, deadline: float) -> None:
+        """Refuse what cannot be answered before it is looked at: under overload that is most of what comes."""
         if self._scorer.version == 0:
             raise NotReady("the first weights are not loaded yet")
+        self._scoring.admit(deadline)
+
+    def _score(self, question: Question, deadline: float) -> Future[Answer]:
         future = self._scoring.submit(question, deadline)
         self._metrics.queue_length(len(self._scoring))
-        try:
-            return await asyncio.wrap_future(future)
-        finally:
-            self._metrics.queue_length(len(self._scoring))
+        return future
 
     def _count_feedback(self, checked: list[Feedback | Violation], appended: list[Appended]) -> None:
         duplicates = sum(each.duplicate for each in appended)
@@ -213,6 +228,23 @@ def _reason(item: ScoredItem, mirror: CatalogMirror) -> str:
     if item.source == recommender_pb2.SOURCE_NETWORK:
         return "fits what you chose recently"
     return "chosen by many at present"
+
+
+def _scored_item(item: ScoredItem) -> recommender_pb2.ScoredItem:
+    return recommender_pb2.ScoredItem(
+        item_id=item.item_id, score=item.score, known=item.known, class_probabilities=item.class_probabilities
+    )
+
+
+def _explained(explanation: Explanation) -> recommender_pb2.ExplainResponse:
+    item = explanation.item
+    response = recommender_pb2.ExplainResponse(item=_scored_item(item), version=explanation.version)
+    if item.parts is not None:
+        response.parts.MergeFrom(recommender_pb2.ScoreParts(**asdict(item.parts)))
+    for entry, influence in explanation.influences:
+        told = response.history.add(item_id=entry.item_id, feedback_class=entry.feedback_class, influence=influence)
+        told.time.FromMilliseconds(entry.time_ms)
+    return response
 
 
 def _accepted(index: int, appended: Appended) -> recommender_pb2.FeedbackResult:

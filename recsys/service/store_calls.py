@@ -1,9 +1,9 @@
-"""StoreCalls: single calls to the store from the event loop, in one thread, bounded like everything that waits."""
+"""StoreCalls: single calls to the store, in one thread, bounded like everything that waits."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from recsys.batcher import Batcher
@@ -13,21 +13,22 @@ Result = TypeVar("Result")
 
 
 class StoreCalls:
-    """Run blocking calls for the catalogue and the model service, one after the other."""
+    """Run blocking calls of one kind, named after what asks for them, one after the other."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, name: str = "store") -> None:
         self._batcher: Batcher[Callable[[], Any], Any] = Batcher(
-            "store", lambda calls: [call() for call in calls], max_batch=1, queue_limit=settings.queue_limit
+            name, lambda calls: [call() for call in calls], max_batch=1, queue_limit=settings.queue_limit
         )
 
-    async def run(self, call: Callable[[], Result], deadline: float) -> Result:
-        """Return what `call` returns; it is not begun after `deadline` (time.monotonic()).
+    def submit(self, call: Callable[[], Result], deadline: float) -> Future[Result]:
+        """Return the future of what `call` returns; it is not begun after `deadline` (time.monotonic()).
+
+        The future ends with DeadlinePassed when its turn comes after the deadline.
 
         Raises:
             Overloaded: when too many calls wait.
-            DeadlinePassed: when its turn comes after the deadline.
         """
-        return await asyncio.wrap_future(self._batcher.submit(call, deadline))
+        return self._batcher.submit(call, deadline)
 
     def close(self) -> None:
         """Finish the calls that wait and stop the thread."""

@@ -52,6 +52,31 @@ def score_request(request: recommender_pb2.ScoreRequest, settings: Settings) -> 
     )
 
 
+def explain_request(request: recommender_pb2.ExplainRequest, settings: Settings) -> None:
+    """Check an ExplainRequest.
+
+    Raises:
+        InvalidInput: as recommend_request does.
+    """
+    _refuse(
+        [
+            check_id("user_id", request.user_id, settings.max_id_bytes),
+            check_id("item_id", request.item_id, settings.max_id_bytes),
+            check_context(request.context, settings),
+        ]
+    )
+
+
+def user(request: model_pb2.ForgetUserRequest, settings: Settings) -> str:
+    """Return the user that is to be forgotten.
+
+    Raises:
+        InvalidInput: when there can be no such user.
+    """
+    _refuse([check_id("user_id", request.user_id, settings.max_id_bytes)])
+    return request.user_id
+
+
 def feedback_list(
     messages: Sequence[recommender_pb2.Feedback], settings: Settings, now_ms: int
 ) -> list[Feedback | Violation]:

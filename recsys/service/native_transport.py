@@ -1,0 +1,175 @@
+"""NativeTransport: calls over pygrpc-native, whose HTTP/2 runs in Rust outside the interpreter; without TLS.
+
+It hands over many calls at a time and takes their endings from any thread. The thread that scores looks for them
+itself, between two batches: a refusal costs little that way, and an answer goes out from the thread that made it.
+Health, reflection and unknown methods go to a grpcio server behind it, on a Unix socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from google.rpc import code_pb2
+from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
+
+from recsys.batcher import Batcher
+from recsys.service.edge import Call, Edge, Ending, Metadata, Refusal
+from recsys.service.grpcio_transport import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, limits, taken
+from recsys.settings import Settings, bracketed
+
+# Threads of the transport itself: what they do for a call is little beside an answer.
+IO_THREADS = 1
+# Calls handed over at a time.
+EVENTS_AT_ONCE = 256
+# A batch that takes longer than this does not keep new calls waiting: they are looked for beside it, as often.
+PATIENCE_SECONDS = 0.025
+
+_log = logging.getLogger(__name__)
+
+
+class NativeTransport:
+    """Serve in the thread of the batcher that scores; beside it while a batch takes long.
+
+    Enforces max_metadata_bytes and max_concurrent_streams; max_message_bytes only when a message has arrived;
+    max_connections, max_idle_seconds and min_ping_seconds not at all.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        edge: Edge,
+        receiver: Batcher[Any, Any],
+        add_services: Callable[[Any], None],
+        *,
+        share_port: bool = False,
+    ) -> None:
+        """Listen.
+
+        Raises:
+            AddressInUse: when the port is taken.
+        """
+        address = f"{bracketed(settings.host)}:{settings.port}"
+        self._edge, self._receiver = edge, receiver
+        self._max_message_bytes = settings.max_message_bytes
+        self._paths = list(edge.methods)
+        try:
+            self._front = NativeGrpcFront(
+                address,
+                [(path, False) for path in self._paths],
+                io_threads=IO_THREADS,
+                call_details=True,
+                keepalive_time_ms=KEEPALIVE_SECONDS * 1000,
+                keepalive_timeout_ms=KEEPALIVE_TIMEOUT_SECONDS * 1000,
+                keepalive_permit_without_calls=False,
+                max_concurrent_streams=settings.max_concurrent_streams,
+                max_metadata_size=settings.max_metadata_bytes,
+                reuse_port=share_port,
+            )
+        except OSError as error:
+            raise taken(address) from error
+        self.port = self._front.bound_port
+        self._folder = Path(tempfile.mkdtemp(prefix="recsys-"))
+        self._behind = grpc.aio.server(options=limits(settings))
+        add_services(self._behind)
+        self._calls: dict[int, Call] = {}
+        self._stopping = False
+        self._idle = threading.Event()
+        self._closed = threading.Event()
+        self._receiving = threading.Lock()
+        self._thread = threading.Thread(target=self._receive_beside, name="recsys-calls", daemon=True)
+
+    async def start(self) -> None:
+        """Begin to bring calls."""
+        socket = str(self._folder / "behind")
+        self._behind.add_insecure_port(f"unix:{socket}")
+        await self._behind.start()
+        self._front.set_fallback(socket)
+        self._front.start()
+        self._receiver.receive_from(self._receive)
+        self._thread.start()
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, give those in flight `grace` seconds, and close every connection."""
+        self._stopping = True
+        behind = asyncio.ensure_future(self._behind.stop(grace))
+        if self._calls:
+            await asyncio.to_thread(self._idle.wait, grace)
+        await behind
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._closed.set()
+        self._front.close()
+        if self._thread.is_alive():
+            self._thread.join()
+        for call in list(self._calls.values()):
+            call.cancel()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _receive_beside(self) -> None:
+        """Look for calls beside a batch that takes long, as when the store hangs."""
+        while not self._closed.wait(PATIENCE_SECONDS):
+            if self._receiver.busy_seconds() >= PATIENCE_SECONDS:
+                self._receive(lambda: 0.0)
+
+    def _receive(self, patience: Callable[[], float]) -> float | None:
+        """Begin the calls that have come, and wait for one if none has.
+
+        Returns the seconds that this took, the waiting apart; None when no more calls will come.
+        """
+        with self._receiving:
+            events = self._front.recv_batch_details(EVENTS_AT_ONCE, round(patience() * 1000))
+            started = time.perf_counter()
+            while events is not None:
+                for kind, call_id, method, payload, _, details in events:
+                    if kind == EVENT_CANCEL:
+                        self._cancel(call_id)
+                    elif payload is not None and details is not None:
+                        metadata, _peer, remaining = details
+                        self._begin(call_id, self._paths[method], payload, metadata, remaining)
+                if len(events) < EVENTS_AT_ONCE:
+                    return time.perf_counter() - started
+                events = self._front.recv_batch_details(EVENTS_AT_ONCE, 0)
+            return None
+
+    def _cancel(self, call_id: int) -> None:
+        call = self._calls.get(call_id)
+        if call is not None:
+            call.cancel()
+
+    def _begin(self, call_id: int, path: str, payload: bytes, metadata: Metadata, remaining: float | None) -> None:
+        if self._stopping:
+            self._front.fail(call_id, code_pb2.UNAVAILABLE, "the server is stopping")
+            return
+        if len(payload) > self._max_message_bytes:
+            given = f"received a message of {len(payload)} bytes; at most {self._max_message_bytes} are allowed"
+            self._front.fail(call_id, code_pb2.RESOURCE_EXHAUSTED, given)
+            return
+        call = self._edge.call(path, metadata, remaining, partial(self._end, call_id))
+        self._calls[call_id] = call
+        try:
+            call.begin(payload)
+        except Exception:
+            # A thread that ends in silence would leave a server that hears nobody.
+            _log.exception("%s could not begin", path)
+            self._end(call_id, Refusal(code_pb2.INTERNAL, "internal error; the server's log has the details", b""))
+
+    def _end(self, call_id: int, ending: Ending) -> None:
+        """Send what a call ends with; called from any thread. A caller that has gone meanwhile gets nothing."""
+        if isinstance(ending, bytes):
+            self._front.respond(call_id, ending)
+        elif ending is not None:
+            self._front.fail(call_id, ending.code, ending.message, ending.trailers)
+        self._calls.pop(call_id, None)
+        if self._stopping and not self._calls:
+            self._idle.set()
