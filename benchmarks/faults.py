@@ -47,11 +47,20 @@ SMALL: dict[str, Any] = {
     **{"batch_size": 4, "replay_size": 8, "negatives": 8, "device": "cpu", "metrics_port": 0},
     **{"trainer_metrics_port": 0},
 }
-# What differs between rounds: how often the log is trimmed and how far back a restart has to read.
+# What differs between rounds: how often the log is trimmed, how far back a restart has to read, how batches grow.
 VARIANTS: tuple[dict[str, Any], ...] = (
-    {"snapshot_every_bytes": 1 << 16, "snapshots_retained": 1, "replay_capacity": 64, "batches_per_version": 1},
-    {"snapshot_every_bytes": 1 << 18, "snapshots_retained": 3, "replay_capacity": 512, "batches_per_version": 2},
-    {"snapshot_every_bytes": 1 << 26, "snapshots_retained": 2, "replay_capacity": 4096, "batches_per_version": 3},
+    {
+        **{"snapshot_every_bytes": 1 << 16, "snapshots_retained": 1, "replay_capacity": 64},
+        **{"batches_per_version": 1, "batch_growth": 1},
+    },
+    {
+        **{"snapshot_every_bytes": 1 << 18, "snapshots_retained": 3, "replay_capacity": 512},
+        **{"batches_per_version": 2, "batch_growth": 4},
+    },
+    {
+        **{"snapshot_every_bytes": 1 << 26, "snapshots_retained": 2, "replay_capacity": 4096},
+        **{"batches_per_version": 3, "batch_growth": 2},
+    },
 )
 KINDS = {"trainer": 0.6, "server": 0.25, "store": 0.15}
 KILLS_PER_ROUND = 50

@@ -2,14 +2,13 @@
 
 Open loop: feedback is sent on schedule whether or not the system keeps up, so that waiting is not hidden. A second
 client asks for recommendations all the time; a feedback is fresh when an answer comes from a version that learned it.
-Prints one JSON object.
+Prints one JSON object, with seconds per stage: accepted, read, learned, committed, applied, first answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,36 +18,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from recsys import Client, Feedback
 from recsys.audience import Audience
+from recsys.cli.system import environment_of
 from recsys.errors import RecsysError
 from recsys.feedback_file import BadRow, open_feedback_file
-from recsys.settings import load
+from recsys.settings import Settings, load
 from recsys.store.connection import connect
 from recsys.store.embedded import EmbeddedStore
-from recsys.weights import WeightStore
+from recsys.weights import VersionRecord, WeightStore
 
-PER_CALL = 10
+# After "learned", which record.committed_ms tells: what is written into a version is known before its commit.
+LATER_STAGES = ("learned_to_committed", "committed_to_applied", "applied_to_answered")
 PROBE_SECONDS = 0.005
 START_SECONDS = 60.0
 SETTLE_SECONDS = 60.0
-PORTS = {"RECSYS_PORT": "50071", "RECSYS_METRICS_PORT": "50072", "RECSYS_TRAINER_METRICS_PORT": "50073"}
+PORTS = {"port": 50071, "metrics_port": 50072, "trainer_metrics_port": 50073}
+TIMED = Path(__file__).resolve().with_name("timed.py")
 
 
 @contextmanager
-def system(store_url: str, classes: str) -> Iterator[Client]:
-    """Run trainer and server as processes of their own; yield a client once they serve."""
-    environment = {**os.environ, **PORTS, "RECSYS_REDIS_URL": store_url, "RECSYS_CLASSES": classes}
-    environment |= {"OMP_NUM_THREADS": "1"}
+def system(settings: Settings, notes: Path) -> Iterator[Client]:
+    """Run trainer and server as processes of their own; yield a client once they serve; `notes` gets their times."""
     processes = [
-        subprocess.Popen([sys.executable, "-m", "recsys", part], env=environment, stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, TIMED, part, notes / part], env=environment_of(settings), stdout=subprocess.DEVNULL
+        )
         for part in ("train", "serve")
     ]
     try:
-        with Client(f"127.0.0.1:{PORTS['RECSYS_PORT']}", timeout=10.0) as client:
+        with Client(f"127.0.0.1:{settings.port}", timeout=10.0) as client:
             deadline = time.monotonic() + START_SECONDS
             while time.monotonic() < deadline:
                 try:
@@ -100,15 +103,15 @@ def feedback_of(data: Path | None, count: int) -> tuple[list[Feedback], str]:
     return chosen, "clicks"
 
 
-def send(client: Client, feedback: list[Feedback], rate: float) -> float:
+def send(client: Client, feedback: list[Feedback], rate: float, per_call: int) -> float:
     """Send on schedule; return the largest lag behind it in seconds."""
     started, lag = time.monotonic(), 0.0
-    for index in range(0, len(feedback), PER_CALL):
+    for index in range(0, len(feedback), per_call):
         wait = started + index / rate - time.monotonic()
         if wait > 0:
             time.sleep(wait)
         lag = max(lag, -wait)
-        client.log_feedback(feedback[index : index + PER_CALL])
+        client.log_feedback(feedback[index : index + per_call])
     return lag
 
 
@@ -118,40 +121,62 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": round(p50, 3), "p99": round(p99, 3), "max": round(most, 3)}
 
 
-def measure(rate: float, seconds: float, data: Path | None) -> dict[str, object]:
+def stages(
+    records: list[VersionRecord], notes: dict[str, Any], first_seen: dict[int, float]
+) -> dict[str, dict[str, float]]:
+    """Say how long each stage took, every feedback counted that got to its end."""
+    committed, applied = ({int(v): when for v, when in part["versions"].items()} for part in notes.values())
+    told = notes["train"]["stages"]
+    found: dict[str, list[float]] = {stage: told.get(stage, []) for stage in ("accepted_to_read", "read_to_learned")}
+    for record in records:
+        version, accepted = record.version, [each / 1000 for each in record.accepted_ms]
+        # A server applies several versions at once, and a client sees the last of them alone.
+        ends = [min((at[v] for v in at if v >= version), default=None) for at in (committed, applied, first_seen)]
+        starts = [record.committed_ms / 1000, *ends]
+        for stage, start, end in zip(LATER_STAGES, starts, ends, strict=False):
+            if start is not None and end is not None:
+                found.setdefault(stage, []).extend([end - start] * len(accepted))
+        for name, end in (("accepted_to_committed", ends[0]), ("accepted_to_answered", ends[2])):
+            if end is not None:
+                found.setdefault(name, []).extend(end - each for each in accepted)
+    return {stage: quantiles(seconds) for stage, seconds in found.items() if seconds}
+
+
+def measure(rate: float, seconds: float, data: Path | None, per_call: int) -> dict[str, object]:
     """Run the whole system for `seconds` at `rate` feedback per second."""
     feedback, classes = feedback_of(data, int(rate * seconds))
     with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store:
-        with system(store.url, classes) as client:
+        settings = load({"redis_url": store.url, "classes": classes, **PORTS})
+        with system(settings, Path(directory)) as client:
             prober = Prober(client, sorted({each.user_id for each in feedback}))
             prober.start()
-            lag = send(client, feedback, rate)
+            lag = send(client, feedback, rate, per_call)
+            sent = time.time()
             deadline = time.monotonic() + SETTLE_SECONDS
             while client.status().feedback_learned < len(feedback) and time.monotonic() < deadline:
                 time.sleep(0.05)
+            behind = time.time() - sent
             time.sleep(0.5)
             prober.over.set()
             prober.join()
             learned = client.status().feedback_learned
-        with connect(load({"redis_url": store.url}, environment={})) as connection:
-            records = WeightStore(connection, load({}, environment={})).versions(1_000_000)
-    seen = sorted(prober.first_seen.items())
-    fresh, committed = [], []
-    for record in records:
-        answered = next((when for version, when in seen if version >= record.version), None)
-        for accepted_ms in record.accepted_ms:
-            committed.append((record.committed_ms - accepted_ms) / 1000)
-            if answered is not None:
-                fresh.append(answered - accepted_ms / 1000)
+        with connect(settings) as connection:
+            records = [record for record in WeightStore(connection, settings).versions(1_000_000) if record.accepted_ms]
+        notes = {part: json.loads((Path(directory) / part).read_text()) for part in ("train", "serve")}
+        found = stages(records, notes, prober.first_seen)
     return {
         "rate": rate,
         "feedback": len(feedback),
         "learned": learned,
         "versions": len(records),
-        "accepted_to_learned_seconds": quantiles(committed),
-        "accepted_to_answered_seconds": quantiles(fresh),
+        "feedback_per_version": round(learned / max(1, len(records)), 1),
+        "seconds": found,
+        "cpu_milliseconds_per_feedback": {
+            part: round(1000 * noted["cpu_seconds"] / max(1, learned), 3) for part, noted in notes.items()
+        },
         "recommend_seconds": quantiles(prober.seconds),
         "largest_lag_of_sender_seconds": round(lag, 3),
+        "learned_after_the_last_was_sent_seconds": round(behind, 3),
     }
 
 
@@ -160,9 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=500.0, help="feedback per second")
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--per-call", type=int, default=10, help="feedback in one LogFeedback")
     parser.add_argument("--data", type=Path, help="a file of feedback; default the simulated audience")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.rate, arguments.seconds, arguments.data)))
+    print(json.dumps(measure(arguments.rate, arguments.seconds, arguments.data, arguments.per_call)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from recsys.feedback import Feedback, parse_record, to_entry, to_record
 from recsys.histories import history_key, log_key
 from recsys.settings import Settings
 from recsys.store.connection import store_errors
+from recsys.store.durability import Durability
 from recsys.store.v1.log_pb2 import FeedbackRecord
 
 BEGINNING = "0-0"
@@ -65,10 +66,11 @@ redis.call('HINCRBY', KEYS[2], 'bytes', bytes)
 return positions
 """
 
-# KEYS: records, stats. ARGV: the first position to keep, the most entries to remove.
+# KEYS: records, stats, forgotten positions. ARGV: the first position to keep, its milliseconds, the most entries to
+# remove.
 # Returns how many entries were removed. XTRIM comes first: a store out of memory allows it, and what follows it.
 TRIM = """
-local limit = tonumber(ARGV[2])
+local limit = tonumber(ARGV[3])
 local entries = redis.call('XRANGE', KEYS[1], '-', '(' .. ARGV[1], 'COUNT', limit + 1)
 local keep = entries[limit + 1] and entries[limit + 1][1] or ARGV[1]
 local records, bytes = 0, 0
@@ -80,6 +82,7 @@ for i = 1, math.min(#entries, limit) do
   end
 end
 local removed = redis.call('XTRIM', KEYS[1], 'MINID', '=', keep)
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', '(' .. ARGV[2])
 if records > 0 then
   redis.call('HINCRBY', KEYS[2], 'trimmed', records)
   redis.call('HINCRBY', KEYS[2], 'trimmed_bytes', bytes)
@@ -139,6 +142,9 @@ class FeedbackLog:
         self._settings = settings
         self._records = log_key(settings, "records")
         self._stats = log_key(settings, "stats")
+        # Written by Forgetting.
+        self._forgotten = log_key(settings, "forgotten")
+        self._durability = Durability(client, settings)
         self._append = client.register_script(APPEND)
         self._trim = client.register_script(TRIM)
         self._history_classes = frozenset(c.name for c in settings.classes if c.history)
@@ -152,6 +158,7 @@ class FeedbackLog:
 
         Raises:
             StoreFull: the log is at its bound or the store out of memory; nothing of the batch was written.
+            NotDurable: the store has the batch, but not as durably as `settings.durability` says.
         """
         if not batch:
             return []
@@ -174,8 +181,7 @@ class FeedbackLog:
                 to_entry(timed) if timed.feedback_class in self._history_classes else b"",
                 b"1" if timed.feedback_id else b"0",
             )
-        with store_errors():
-            reply: int | list[bytes] = self._append(keys, arguments)
+        reply: int | list[bytes] = self._durability.run(self._append, keys, arguments)
         if isinstance(reply, int):
             raise StoreFull(
                 f"the feedback log holds {reply} bytes and its bound is {settings.log_max_bytes} (log_max_bytes); "
@@ -223,10 +229,14 @@ class FeedbackLog:
         return found[:count][::-1]
 
     def appended(self) -> int:
-        """Count the feedback ever appended; trimming does not lower it."""
+        """Count the feedback ever appended, but for what was forgotten before a version learned it.
+
+        Trimming does not lower it.
+        """
         with store_errors():
-            value: Any = self._client.hget(self._stats, "appended")
-        return int(value or 0)
+            values: Any = self._client.hmget(self._stats, ["appended", "forgotten_unlearned"])
+        appended, unlearned = (int(value or 0) for value in values)
+        return appended - unlearned
 
     def usage(self) -> LogUsage:
         """Measure the log, exactly."""
@@ -247,10 +257,10 @@ class FeedbackLog:
         """
         if position_key(position) == (0, 0):
             return 0
-        total = 0
+        keys, total = [self._records, self._stats, self._forgotten], 0
         while True:
             with store_errors():
-                removed = int(self._trim([self._records, self._stats], [position, PAGE]))
+                removed = int(self._trim(keys, [position, position_key(position)[0], PAGE]))
             total += removed
             if removed < PAGE:
                 return total

@@ -29,13 +29,13 @@ CPU = torch.device("cpu")
 SMALL = {
     **{"dimension": 8, "history_length": 5, "heads": 2, "successors": 4, "context_buckets": 8, "max_context": 2},
     **{"batch_size": 4, "replay_size": 6, "replay_capacity": 1000, "negatives": 8, "batches_per_version": 2},
-    **{"publish_seconds": 1.0, "device": "cpu"},
+    **{"publish_seconds": 1.0, "device": "cpu", "batch_growth": 1},
 }
 START_MS = 1_700_000_000_000
 
 
 def small(settings: Settings, **changes: Any) -> Settings:
-    """Shrink the network and the batches: a batch is 4 feedback, a version 2 batches."""
+    """Shrink the network and the batches: a batch is 4 feedback however fast they come, a version 2 batches."""
     return settings.model_copy(update={**SMALL, **changes})
 
 
@@ -142,8 +142,9 @@ def held(settings: Settings) -> bytes:
     return encode(replica(settings).write_all())
 
 
-# What becomes of a command: it passes, its connection is cut before the store sees it, or after the store did it.
-PASS, CUT, DONE_AND_CUT = "pass", "cut", "done and cut"
+# What becomes of a command: it passes, its connection is cut before the store sees it, after the store did it, or in the
+# middle of the answer.
+PASS, CUT, DONE_AND_CUT, TORN = "pass", "cut", "done and cut", "torn"
 HANDSHAKE = {b"CLIENT", b"HELLO", b"SELECT", b"AUTH"}
 
 
@@ -225,6 +226,9 @@ class Proxy:
                 store.sendall(_pack(command))
                 answer = _read_answer(store)
                 if fate == DONE_AND_CUT or not answer:
+                    return
+                if fate == TORN:
+                    client.sendall(answer[: len(answer) // 2])
                     return
                 client.sendall(answer)
 

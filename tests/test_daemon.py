@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from learning import (
     DONE_AND_CUT,
     PASS,
     START_MS,
+    TORN,
     Proxy,
     append,
     fork,
@@ -36,7 +38,7 @@ from learning import (
 from prometheus_client import CollectorRegistry
 
 from recsys.errors import CorruptWeights, FencedOff, StoreUnavailable
-from recsys.feedback import Feedback
+from recsys.feedback import Feedback, to_record
 from recsys.feedback_log import FeedbackLog, LogEntry
 from recsys.settings import Settings
 from recsys.store.connection import connect
@@ -44,6 +46,7 @@ from recsys.store.embedded import EmbeddedStore
 from recsys.weights import WeightStore, encode
 from recsys.weights.replica import Replica
 from trainer.daemon import Daemon
+from trainer.rebuild import Rebuild
 
 SECONDS = 30
 
@@ -202,6 +205,72 @@ def test_what_closes_a_version(
         places = [entry.position for entry in entries(base)]
         before = entries(base)[: places.index(position) + 1]
         assert sum(not entry.tick for entry in before) == learned
+
+
+# Batches grow with the rate of feedback
+
+
+def append_at(settings: Settings, times_ms: Sequence[int], seed: int = 1) -> None:
+    """Append feedback that the store accepts at these times."""
+    with connect(settings) as client:
+        for one, time_ms in zip(make_feedback(len(times_ms), seed), times_ms, strict=True):
+            record = to_record(one).SerializeToString()
+            client.xadd(f"{settings.key_prefix}:{{log}}:records", {"r": record}, id=f"{time_ms}-*")
+
+
+@pytest.mark.parametrize(
+    ("gaps_ms", "batches"),
+    [
+        # A batch is 4, spans 100 ms or is 12.
+        ([50] * 12, [4, 4, 4]),
+        ([33, 33, 34] * 4, [4, 4, 4]),
+        ([33, 33, 33] * 4, [5, 5]),
+        ([0] * 11, [12]),
+        ([0] * 12, [12]),
+        ([0] * 23, [12, 12]),
+        ([10] * 23, [11, 11]),
+        # A long silence counts as well as a short one.
+        ([0] * 5 + [60_000] + [0] * 10, [7]),
+        # A clock that was set back stands still for the log.
+        ([50] * 3 + [0] * 20, [4, 12]),
+    ],
+)
+def test_a_batch_that_fills_fast_grows(settings: Settings, gaps_ms: list[int], batches: list[int]) -> None:
+    base = small(settings, batch_growth=3, batch_seconds=0.1, batches_per_version=1)
+    append_at(base, list(accumulate(gaps_ms, initial=START_MS)))
+    learn_all(base)
+    assert [added for *_, added in versions(base)] == batches
+
+
+def test_a_backlog_is_cut_as_if_there_had_been_none(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that follows, one that comes late, one that restarts all the time, and a rebuild: the same versions."""
+    base = small(settings, batch_growth=3, batch_seconds=0.1)
+    draw = random.Random(7)
+    gaps_ms = [draw.choice([0, 0, 5, 40, 200]) for _ in range(90)]
+    times_ms = list(accumulate(gaps_ms, initial=START_MS))
+    with trainer(base) as following:
+        following.start()
+        for part in range(0, len(times_ms), 7):
+            append_at(base, times_ms[part : part + 7], part)
+            if draw.random() < 0.2:
+                with connect(base) as client:
+                    client.xadd(f"{base.key_prefix}:{{log}}:records", {"t": ""}, id=f"{times_ms[part + 6]}-*")
+            following.step()
+        while following.step():
+            pass
+        weights = encode(following.learner.replica.write_all())
+    assert len({added for *_, added in versions(base)}) > 3
+    late, restarted = fork(base, "late"), fork(base, "restarted")
+    assert learn_all(late) == weights
+    monkeypatch.setattr("trainer.daemon.READ_COUNT", 30)
+    for _ in range(6):
+        with trainer(restarted) as daemon:
+            daemon.start()
+            daemon.step()
+    assert learn_all(restarted) == weights
+    assert versions(late) == versions(restarted) == versions(base)
+    with connect(base) as client:
+        assert Rebuild(client, base, CPU).run(head(base)[0]).equal
 
 
 # Ticks
@@ -463,7 +532,7 @@ def test_every_command_may_fail_once(settings: Settings) -> None:
         names = list(proxy.commands)
         for bad in range(1, len(names) + 1):
             # What changes nothing is the same whether it was done or not.
-            fate = DONE_AND_CUT if bad % 2 else CUT
+            fate = (CUT, DONE_AND_CUT, TORN)[bad % 3]
             other = fork(base, f"bad-{bad}").model_copy(update={"redis_url": proxy.url})
             proxy.restart(lambda number, _, bad=bad, fate=fate: fate if number == bad else PASS)
             with trainer(other) as daemon:

@@ -13,7 +13,7 @@ import pytest
 import redis
 from redis._parsers.base import BaseParser
 
-from recsys.errors import DataDirectoryInUse, SettingsError, StoreFull, StoreUnavailable
+from recsys.errors import DataDirectoryInUse, SettingsError, StoreFull, StoreReadOnly, StoreUnavailable
 from recsys.settings import Settings, load
 from recsys.store.connection import connect, store_errors
 from recsys.store.embedded import EmbeddedStore
@@ -88,7 +88,8 @@ def test_silence_is_an_outage_told_once_without_the_password() -> None:
     [
         ("OOM command not allowed when used memory > 'maxmemory'.", StoreFull),
         ("Error running script: @user_script:1: -OOM command not allowed when used memory > 'maxmemory'", StoreFull),
-        ("MISCONF Errors writing to the AOF file: No space left on device", StoreFull),
+        ("MISCONF Errors writing to the AOF file: No space left on device", StoreReadOnly),
+        ("ERR Error running script (call to f_0): @user_script:1: -MISCONF Errors writing", StoreReadOnly),
         ("LOADING the dataset is in memory", StoreUnavailable),
         ("READONLY You can't write against a read only replica.", StoreUnavailable),
         ("CLUSTERDOWN The cluster is down", StoreUnavailable),

@@ -1,7 +1,8 @@
 """LogLearner: learn the feedback log entry by entry; a pure function of the weights it starts from and the log.
 
-A batch is `batch_size` feedback or what stands before a tick, a version is `batches_per_version` batches or what stands
-before a tick. No clock is read here, so that a version can be made again from the log, bit for bit.
+A batch is `batch_size` feedback, more when that much was accepted within `batch_seconds`, or what stands before a tick;
+a version is `batches_per_version` batches or what stands before a tick. No clock is read here, so that a version can be
+made again from the log, bit for bit.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class LogLearner:
                 self._metrics.skipped("unknown_class", 1)
         elif not entry.tick:
             self._metrics.skipped("malformed", 1)
-        if len(self._pending) == self._settings.batch_size or (entry.tick and self._pending):
+        if self._full() or (entry.tick and self._pending):
             self._learn()
         self.read_position = entry.position
         if not self._pending:
@@ -123,6 +124,18 @@ class LogLearner:
         if self.batches < self._settings.batches_per_version and not (entry.tick and self.batches):
             return Outcome.GOING_ON
         return self._verdict()
+
+    def _full(self) -> bool:
+        """Tell whether what is pending is a batch.
+
+        A step costs about as much for what it replays as for what is new, so that fewer and larger ones keep up with
+        more feedback. How far behind the trainer is must not decide; how fast feedback came stands in the log.
+        """
+        settings, count = self._settings, len(self._pending)
+        if count < settings.batch_size:
+            return False
+        spanned_ms = self._pending[-1][0].accepted_ms - self._pending[0][0].accepted_ms
+        return spanned_ms >= 1000 * settings.batch_seconds or count >= settings.batch_size * settings.batch_growth
 
     def _verdict(self) -> Outcome:
         objection = self._gate.objection() if self._gate is not None else None

