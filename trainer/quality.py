@@ -16,17 +16,23 @@ MISS = 0
 NO_EVENT = -1
 
 Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
 
 
-def gains(rank_B: npt.NDArray[np.int64]) -> Array:
-    """Turn ranks (1 best, 0 a miss) into what they score: (B, hits at 1, 5, 10, 20, NDCG at 10, MRR at 10).
+def gains(rank_B: Rows) -> Array:
+    """Turn ranks (1 best, 0 a miss) into what they score: (B, hits at 1, 5, 10, 20, NDCG at 10, MRR at 10)."""
+    hits = [gains_at(rank_B, k)[:, 0] for k in HIT_AT]
+    return np.concatenate([np.stack(hits, 1), gains_at(rank_B, GAIN_AT)[:, 1:]], 1)
+
+
+def gains_at(rank_B: Rows, cutoff: int) -> Array:
+    """Turn ranks (1 best, 0 a miss) into hits, NDCG and MRR within the first `cutoff`: (B, 3).
 
     With one relevant item NDCG is 1 / log2(1 + rank), MRR 1 / rank.
     """
     rank = np.where(rank_B > 0, rank_B, np.iinfo(np.int64).max).astype(np.float64)
-    within = rank <= GAIN_AT
-    columns = [rank <= k for k in HIT_AT] + [within / np.log2(1 + rank), within / rank]
-    return np.stack(columns, 1).astype(np.float64)
+    within = rank <= cutoff
+    return np.stack([within, within / np.log2(1 + rank), within / rank], 1)
 
 
 LOSSES = ("item_log_loss", "log_loss")

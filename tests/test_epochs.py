@@ -1,0 +1,172 @@
+"""Epochs: the first as a trainer learns, further ones without counting, the best one kept; planted worlds to learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.feedback_file import open_feedback_file
+from recsys.settings import Settings, load
+from recsys.weights import encode
+from trainer.epochs import Encoded, Epochs, summary
+from trainer.evaluation.stream import Case, Stream
+from trainer.examples import encode as encode_events
+from trainer.learner import Learner
+
+CPU = torch.device("cpu")
+SMALL = {
+    **{"dimension": 8, "history_length": 5, "successors": 4, "context_buckets": 8, "max_context": 2},
+    **{"replay_size": 6, "replay_capacity": 100, "negatives": 8, "batch_size": 4},
+}
+
+
+def made_up(folder: Path, count: int = 160, items: int = 12) -> Path:
+    """Write clicks of users who go through the items one after the other, each from another place on."""
+    random = np.random.default_rng(1)
+    at: dict[int, int] = {}
+    path = folder / "rounds.csv"
+    with path.open("w") as file:
+        file.write("user,item,time,event\n")
+        for n in range(count):
+            user = int(random.integers(0, 20))
+            at[user] = (at.get(user, int(random.integers(0, items))) + 1) % items
+            file.write(f"u{user},i{at[user]},{1000 + 60 * n},{'click' if random.random() < 0.9 else 'impression'}\n")
+    return path
+
+
+def learner_and_cases(path: Path, **changes: Any) -> tuple[Learner, list[Case]]:
+    file = open_feedback_file(path)
+    settings: Settings = load({**SMALL, **changes}, environment={}).model_copy(update={"classes": file.classes})
+    learner = Learner(settings, CPU)
+    return learner, list(Stream(file, settings, learner).cases())
+
+
+def weights(learner: Learner) -> bytes:
+    return b"".join(map(encode, learner.write_all()))
+
+
+def counts(learner: Learner) -> dict[str, Any]:
+    names = ("trend", "touched", "total", "successor", "successor_weight")
+    return {name: learner.table.column(name).tolist() for name in names} | {"clock": learner.table.clock}
+
+
+def test_learning_again_moves_the_network_and_counts_nothing(tmp_path: Path) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path))
+    examples = encode_events([case.event for case in cases[:8]], learner.settings)
+    assert learner.step(examples).learned
+    before, moved, window = counts(learner), weights(learner), len(learner.window)
+    mixing = [p.detach().clone() for p in learner.network.mix.parameters()]
+    report = learner.step(examples, again=True)
+    assert report.learned
+    assert counts(learner) == before
+    assert len(learner.window) == window
+    assert all(torch.equal(p, q) for p, q in zip(learner.network.mix.parameters(), mixing, strict=True))
+    assert weights(learner) != moved
+    assert not (report.rank_B > 0).any()
+
+
+def test_learning_the_mixing_moves_nothing_else(tmp_path: Path) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path))
+    for start in range(0, 80, 4):
+        learner.step(encode_events([case.event for case in cases[start : start + 4]], learner.settings))
+    before = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    vectors, counted = learner.table.column("vector").clone(), counts(learner)
+    report = learner.learn_mixing(encode_events([case.event for case in cases[80:100]], learner.settings))
+    assert report.learned
+    changed = {n for n, value in learner.network.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed
+    assert all(name.startswith("mix") for name in changed)
+    assert torch.equal(learner.table.column("vector"), vectors)
+    assert counts(learner) == counted
+
+
+def test_one_epoch_is_what_a_trainer_learns(tmp_path: Path) -> None:
+    path = made_up(tmp_path)
+    learner, cases = learner_and_cases(path)
+    Epochs(learner, cases, []).run(1, 1)
+    other, cases = learner_and_cases(path)
+    for start in range(0, len(cases), 4):
+        batch = cases[start : start + 4]
+        other.step(encode_events([case.event for case in batch], other.settings), [case.seen for case in batch])
+    assert weights(learner) == weights(other)
+
+
+def test_epochs_learn_more_than_one(tmp_path: Path) -> None:
+    path = made_up(tmp_path, 400, items=6)
+    learner, cases = learner_and_cases(path, batch_size=16, replay_size=0, learning_rate=0.01, row_learning_rate=0.3)
+    epochs = Epochs(learner, cases[:300], cases[300:])
+    told: list[tuple[int, int]] = []
+    epochs.run(5, 5, lambda epoch, done: told.append((epoch, done)))
+    assert [each.epoch for each in epochs.history] == list(range(1, 6))
+    assert told[-1] == (5, 300)
+    first, last = epochs.history[0], epochs.history[epochs.best - 1]
+    assert epochs.best > 1
+    assert last.loss < first.loss
+    assert last.validation_loss < first.validation_loss
+
+
+def test_it_stops_when_nothing_is_gained_and_keeps_the_best(tmp_path: Path) -> None:
+    """What is kept apart is drawn from another world, so that every epoch makes it worse."""
+    path = made_up(tmp_path, 200)
+    fast = {"batch_size": 16, "learning_rate": 0.05, "row_learning_rate": 0.5}
+    learner, cases = learner_and_cases(path, **fast)
+    random = np.random.default_rng(0)
+    strange = [cases[n] for n in random.permutation(len(cases))[:40]]
+    for case in strange:
+        case.event = case.event._replace(feedback_class=1 - case.event.feedback_class)
+    rest = [case for case in cases if all(case is not other for other in strange)]
+    kept: list[bytes] = []
+    epochs = Epochs(learner, rest, strange)
+    epochs.run(30, 2, lambda epoch, done: kept.append(weights(learner)) if done == len(rest) else None)
+    assert len(epochs.history) < 30
+    losses = [each.validation_loss for each in epochs.history]
+    assert epochs.best == int(np.argmin(losses)) + 1
+    assert len(epochs.history) == epochs.best + 2
+    # Beside the mixing, learned last, the weights are those of the end of the best epoch.
+    found = learner.table.column("vector").clone()
+    again, _ = learner_and_cases(path, **fast)
+    assert not torch.equal(found, again.table.column("vector"))
+    Epochs(again, rest, strange).run(epochs.best, 30)
+    assert torch.equal(found, again.table.column("vector"))
+    assert weights(learner) == weights(again)
+
+
+def test_an_interruption_leaves_the_best_epoch(tmp_path: Path) -> None:
+    path = made_up(tmp_path, 200)
+    learner, cases = learner_and_cases(path, batch_size=16)
+    epochs = Epochs(learner, cases[:160], cases[160:])
+
+    def interrupt(epoch: int, done: int) -> None:
+        if epoch == 2 and done > 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        epochs.run(5, 5, interrupt)
+    assert [each.epoch for each in epochs.history] == [1]
+    other, cases = learner_and_cases(path, batch_size=16)
+    Epochs(other, cases[:160], cases[160:]).run(1, 1)
+    assert weights(learner) == weights(other)
+
+
+def test_what_is_encoded_is_what_was_given(tmp_path: Path) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path))
+    order = np.random.default_rng(3).permutation(len(cases))
+    encoded = Encoded(cases, learner)
+    assert len(encoded) == len(cases)
+    place = 0
+    for examples, seen in encoded.batches(7, order):
+        wanted = [cases[n] for n in order[place : place + 7].tolist()]
+        expected = encode_events([case.event for case in wanted], learner.settings)
+        for name in ("rows_BL", "classes_BL", "gaps_BL", "item_B", "class_B", "context_BP"):
+            np.testing.assert_array_equal(getattr(examples, name), getattr(expected, name))
+        assert all(one is case.seen for one, case in zip(seen, wanted, strict=True))
+        place += 7
+    assert place >= len(cases)
+
+
+def test_of_nothing_nothing_is_told() -> None:
+    assert all(np.isnan(value) for value in summary([]).values())

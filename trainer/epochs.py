@@ -1,0 +1,161 @@
+"""Epochs: learn the same feedback several times, and stop when what was kept apart gains no more.
+
+The first epoch goes in the order of time and is learned as the trainer learns a log: tested, counted, replayed. Further
+ones are shuffled and move the network and the item vectors alone. The weights that mix the score's parts are learned on
+feedback that the network has not learned: of the first epoch before it is, afterwards of what is kept apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from recsys.weights import decode, encode
+from trainer.examples import Event, Examples, join
+from trainer.examples import encode as encode_events
+from trainer.learner import Learner
+from trainer.prequential import StepReport
+from trainer.quality import NO_EVENT, Rows, gains_at
+
+CUTOFF = 10
+# Feedback encoded at once.
+ENCODED = 4096
+# Which draws are made: one number a purpose, beside those of learner and gate.
+SHUFFLE = 3
+
+
+class Known(Protocol):
+    """A feedback, and the rows that the user had before it."""
+
+    event: Event
+    seen: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """Say what an epoch did: its mean loss while learning, and what was then found on what is kept apart."""
+
+    epoch: int
+    seconds: float
+    loss: float
+    hr_at_10: float
+    ndcg_at_10: float
+    item_log_loss: float
+    class_log_loss: float
+
+    @property
+    def validation_loss(self) -> float:
+        """Return what decides which epoch is the best: what is learned, on feedback kept apart."""
+        return float(np.nansum([self.item_log_loss, self.class_log_loss]))
+
+
+class Encoded:
+    """Hold feedback as small integers, about 350 bytes each with histories of 50."""
+
+    def __init__(self, feedback: Sequence[Known], learner: Learner) -> None:
+        parts = [
+            _small(encode_events([each.event for each in feedback[start : start + ENCODED]], learner.settings))
+            for start in range(0, len(feedback), ENCODED)
+        ]
+        self._examples = join(parts) if parts else _small(encode_events([], learner.settings))
+        self._seen = [each.seen for each in feedback]
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def batches(self, size: int, order: Rows | None = None) -> Iterator[tuple[Examples, list[Rows]]]:
+        """Yield examples and what each user had, `size` at a time, by default in their order."""
+        order = np.arange(len(self)) if order is None else order
+        for start in range(0, len(order), size):
+            index = order[start : start + size]
+            yield self._examples.take(index), [self._seen[i] for i in index.tolist()]
+
+
+def _small(examples: Examples) -> Examples:
+    return Examples(
+        examples.rows_BL.astype(np.int32),
+        examples.classes_BL.astype(np.uint8),
+        examples.gaps_BL.astype(np.uint8),
+        examples.item_B,
+        examples.class_B,
+        examples.context_BP.astype(np.int32),
+    )
+
+
+class Epochs:
+    """Teach one learner in epochs; `history` is what each did."""
+
+    def __init__(self, learner: Learner, train: Sequence[Known], validation: Sequence[Known]) -> None:
+        self._learner, self._settings = learner, learner.settings
+        self._train, self._validation = Encoded(train, learner), Encoded(validation, learner)
+        self.history: list[Epoch] = []
+        self.best = 0
+
+    def run(
+        self,
+        epochs: int,
+        patience: int,
+        progress: Callable[[int, int], None] = lambda epoch, done: None,
+    ) -> None:
+        """Learn at most `epochs` epochs; stop when `patience` in a row gained nothing; leave the best one's weights.
+
+        `progress` is called with the epoch and how much feedback of it is done. An interruption leaves the weights of
+        the best epoch that was completed, if any was.
+        """
+        kept: tuple[bytes, bytes] | None = None
+        moved = False
+        try:
+            for epoch in range(1, epochs + 1):
+                moved = True
+                self.history.append(self._one(epoch, progress))
+                losses = [each.validation_loss for each in self.history]
+                if epoch == 1 or losses[-1] < min(losses[:-1]):
+                    served, own = self._learner.write_all()
+                    kept, self.best, moved = (encode(served), encode(own)), epoch, False
+                elif epoch - self.best >= patience:
+                    break
+        finally:
+            if kept is not None and moved:
+                self._learner.restore(decode(kept[0]), decode(kept[1]))
+
+    def _one(self, epoch: int, progress: Callable[[int, int], None]) -> Epoch:
+        started, done, losses = time.perf_counter(), 0, []
+        settings, learner = self._settings, self._learner
+        first = epoch == 1
+        random = np.random.Generator(np.random.Philox(key=settings.seed, counter=[0, epoch, SHUFFLE, 0]))
+        order = None if first else random.permutation(len(self._train))
+        # As many examples a step as there are in the first epoch, replayed ones included.
+        size = settings.batch_size + (0 if first else settings.replay_size)
+        for examples, seen in self._train.batches(size, order):
+            report = learner.step(examples, seen, again=not first)
+            losses.append(report.losses.get("total", np.nan))
+            done += len(examples)
+            progress(epoch, done)
+        found = summary([learner.learn_mixing(*batch) for batch in self._validation.batches(settings.batch_size)])
+        loss = float(np.nanmean(losses)) if losses else float("nan")
+        return Epoch(epoch, time.perf_counter() - started, loss, **found)
+
+
+def summary(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Return the accuracy and the losses, NaN where there is nothing, that reports tell of."""
+    if not reports:
+        return dict.fromkeys(("hr_at_10", "ndcg_at_10", "item_log_loss", "class_log_loss"), float("nan"))
+    ranks = np.concatenate([report.rank_B for report in reports])
+    gained = gains_at(ranks[ranks != NO_EVENT], CUTOFF)
+    item = np.concatenate([report.item_loss_B for report in reports])
+    classes = np.concatenate([report.class_loss_B for report in reports])
+    return {
+        "hr_at_10": _mean(gained[:, 0]),
+        "ndcg_at_10": _mean(gained[:, 1]),
+        "item_log_loss": _mean(item),
+        "class_log_loss": _mean(classes),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")

@@ -1,0 +1,159 @@
+"""Stream: a file's feedback in time order, each with what was known before it; the same cases for every method."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from recsys.encoding import RowHistory
+from recsys.feedback_file import FeedbackFile
+from recsys.settings import Settings
+from trainer.examples import Event
+from trainer.learner import Learner
+from trainer.quality import Rows
+
+NOT_CHOSEN = -1
+
+
+@dataclass(slots=True)
+class Case:
+    """One feedback, and what was known when it came.
+
+    `event` has rows as the learner counts them. Items that were chosen have numbers beside, in the order of their first
+    choice: `item` is this one's (`known` if nobody chose it before and it is chosen now, else NOT_CHOSEN), `chosen` the
+    user's earlier choices, `hidden` the distinct ones that the user has. `seen` are the rows that the user has.
+    """
+
+    event: Event
+    positive: bool
+    value: float
+    user_id: str
+    user: int
+    item: int
+    known: int
+    chosen: Rows
+    hidden: Rows
+    seen: Rows
+    # How often the item was chosen before; milliseconds since the user's last history entry, -1 without one.
+    choices: int
+    idle_ms: int
+
+    @property
+    def new(self) -> bool:
+        """Return whether nobody has chosen the item before."""
+        return self.choices == 0
+
+
+class _Growing:
+    """An array that grows at its end; earlier views of it stay as they were."""
+
+    def __init__(self) -> None:
+        self._values = np.empty(8, np.int64)
+        self._size = 0
+
+    def append(self, value: int) -> None:
+        if self._size == len(self._values):
+            self._values = np.concatenate([self._values, np.empty_like(self._values)])
+        self._values[self._size] = value
+        self._size += 1
+
+    def view(self) -> Rows:
+        return self._values[: self._size]
+
+
+class _User:
+    def __init__(self, number: int, history_length: int) -> None:
+        self.number = number
+        self.history: deque[tuple[int, int, int]] = deque(maxlen=history_length)
+        self.has: set[int] = set()
+        self.seen, self.chosen = _Growing(), _Growing()
+
+
+class Stream:
+    """Go through one file once; rows are allotted as items appear, by the learner where there is one."""
+
+    def __init__(self, file: FeedbackFile, settings: Settings, learner: Learner | None = None) -> None:
+        self._file, self._settings, self._learner = file, settings, learner
+        self._rows: dict[str, int] = {}
+        self._users: dict[str, _User] = {}
+        self._numbers = np.full(1024, NOT_CHOSEN)
+        self._choices = array("q")
+        self.feedback = 0
+        self.bad_rows = 0
+
+    @property
+    def items(self) -> int:
+        """Return how many items were chosen so far."""
+        return len(self._choices)
+
+    @property
+    def users(self) -> int:
+        """Return how many users there were so far."""
+        return len(self._users)
+
+    def cases(self, limit: int | None = None) -> Iterator[Case]:
+        """Yield the first `limit` feedback (default all)."""
+        for chunk in self._file.chunks():
+            self.bad_rows += len(chunk.bad)
+            columns = (chunk.user_ids, chunk.item_ids, chunk.classes, chunk.times_ms)
+            rows = zip(*(column.tolist() for column in columns), self._file.contexts(chunk), strict=False)
+            for user_id, item_id, index, time_ms, context in rows:
+                if limit is not None and self.feedback >= limit:
+                    return
+                self.feedback += 1
+                user = self._users.get(user_id)
+                if user is None:
+                    user = _User(len(self._users), self._settings.history_length)
+                    self._users[user_id] = user
+                history = RowHistory(*zip(*user.history, strict=True)) if user.history else RowHistory((), (), ())
+                yield self._case(user_id, user, Event(self._row(item_id), index, time_ms, history, context))
+
+    def _case(self, user_id: str, user: _User, event: Event) -> Case:
+        feedback_class = self._settings.classes[event.feedback_class]
+        row, known = event.row, self.items
+        number = int(self._numbers[row])
+        seen = user.seen.view()
+        hidden = self._numbers[seen]
+        case = Case(
+            event=event,
+            positive=feedback_class.positive,
+            value=feedback_class.worth,
+            user_id=user_id,
+            user=user.number,
+            item=known if number == NOT_CHOSEN and feedback_class.positive else number,
+            known=known,
+            chosen=user.chosen.view(),
+            hidden=hidden[hidden != NOT_CHOSEN],
+            seen=seen,
+            choices=0 if number == NOT_CHOSEN else self._choices[number],
+            idle_ms=event.time_ms - user.history[-1][2] if user.history else -1,
+        )
+        if feedback_class.positive:
+            if number == NOT_CHOSEN:
+                self._numbers[row] = known
+                self._choices.append(0)
+            self._choices[case.item] += 1
+            user.chosen.append(case.item)
+        if feedback_class.history:
+            user.history.append((row, event.feedback_class, event.time_ms))
+            if row not in user.has:
+                user.has.add(row)
+                user.seen.append(row)
+        return case
+
+    def _row(self, item_id: str) -> int:
+        if self._learner is not None:
+            table = self._learner.table
+            row = table.row(item_id)
+            if not row:
+                self._learner.allocate([item_id])
+                row = table.row(item_id)
+        else:
+            row = self._rows.setdefault(item_id, len(self._rows) + 1)
+        if row >= len(self._numbers):
+            self._numbers = np.concatenate([self._numbers, np.full(max(row, len(self._numbers)), NOT_CHOSEN)])
+        return row
