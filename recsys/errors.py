@@ -41,6 +41,12 @@ class InputFileError(RecsysError):
     reason = "INVALID_FILE"
 
 
+class MissingExtra(RecsysError):
+    """Tell that an optional library is not installed; the message says how to get it."""
+
+    reason = "MISSING_EXTRA"
+
+
 class Unauthenticated(RecsysError):
     """Refuse a caller that shows no bearer token, or one that is not known."""
 
@@ -63,6 +69,18 @@ class StoreUnavailable(RecsysError):
     """Tell that the store cannot be reached or did not answer in time; trying again later helps."""
 
     reason = "STORE_UNAVAILABLE"
+
+
+class StoreReadOnly(StoreUnavailable):
+    """Tell that the store answers but takes no writes, as with a full disk, until that is over; nothing was written."""
+
+    reason = "STORE_READ_ONLY"
+
+
+class NotDurable(StoreUnavailable):
+    """Tell that what was written did not become as durable in time as the settings ask; it may stand or be lost."""
+
+    reason = "NOT_DURABLE"
 
 
 class StoreFull(RecsysError):

@@ -11,7 +11,15 @@ from google.protobuf.message import DecodeError
 
 from recsys.settings import Settings
 from recsys.store.connection import store_errors
+from recsys.store.durability import Durability
 from recsys.store.v1.log_pb2 import History, HistoryEntry
+
+# KEYS: a history. Returns how many entries it had.
+FORGET = """
+local entries = redis.call('LLEN', KEYS[1])
+redis.call('DEL', KEYS[1])
+return entries
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +44,8 @@ class Histories:
     def __init__(self, client: redis.Redis, settings: Settings) -> None:
         self._client = client
         self._settings = settings
+        self._durability = Durability(client, settings)
+        self._forget = client.register_script(FORGET)
 
     def read(self, user_ids: Sequence[str]) -> list[list[HistoryEntry]]:
         """Read everything kept of each user, oldest first, in one round trip; unknown users have nothing."""
@@ -51,15 +61,12 @@ class Histories:
     def forget(self, user_id: str) -> int:
         """Delete a user's history; return how many entries it had.
 
-        Records that are already in the feedback log keep the history they were given in until they are trimmed.
+        Records that are already in the feedback log keep the history they were given in: Forgetting removes them too.
+
+        Raises:
+            NotDurable: it is deleted, but may be there again should the store die at once.
         """
-        key = history_key(self._settings, user_id)
-        with store_errors():
-            transaction = self._client.pipeline(transaction=True)
-            transaction.llen(key)
-            transaction.delete(key)
-            entries: int = transaction.execute()[0]
-        return entries
+        return int(self._durability.run(self._forget, [history_key(self._settings, user_id)], []))
 
 
 def _parsed(entries: list[bytes]) -> list[HistoryEntry]:

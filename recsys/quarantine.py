@@ -70,7 +70,7 @@ class Quarantine:
             self._copy(cursor, until, reason, time_ms)
 
     def _copy(self, after: str, until: str, reason: str, time_ms: int) -> None:
-        key = self._key(after)
+        key = self.key(after)
         with store_errors():
             kept: Any = self._client.xrevrange(key, count=1)
             cursor = kept[0][0].decode() if kept else after
@@ -90,7 +90,7 @@ class Quarantine:
         with store_errors():
             values: Any = self._client.hvals(self._cases)
             found = sorted((Case(**json.loads(value)) for value in values), key=lambda case: case.number)
-            left = [int(self._client.xlen(self._key(case.after))) for case in found]
+            left = [int(self._client.xlen(self.key(case.after))) for case in found]
         return [Case(**(asdict(case) | {"feedback": count})) for case, count in zip(found, left, strict=True)]
 
     def show(self, number: int, count: int) -> list[FeedbackRecord]:
@@ -101,7 +101,7 @@ class Quarantine:
         """
         case = self._case(number)
         with store_errors():
-            entries: Any = self._client.xrange(self._key(case.after), count=count)
+            entries: Any = self._client.xrange(self.key(case.after), count=count)
         records = (parse_record(fields[b"r"]) for _, fields in entries)
         return [record for record in records if record is not None]
 
@@ -116,7 +116,7 @@ class Quarantine:
         case = self._case(number)
         moved = 0
         with store_errors():
-            while count := int(self._release([self._key(case.after), self._records, self._stats], [PAGE])):
+            while count := int(self._release([self.key(case.after), self._records, self._stats], [PAGE])):
                 moved += count
         return moved
 
@@ -126,5 +126,6 @@ class Quarantine:
             raise NotRetained(f"there is no case {number} in quarantine; there are {sorted(cases) or 'none'}")
         return cases[number]
 
-    def _key(self, after: str) -> str:
+    def key(self, after: str) -> str:
+        """Name the stream that holds the part of the log behind a position."""
         return f"{self._cases}:{after}"

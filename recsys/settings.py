@@ -42,6 +42,9 @@ LEARNING_SETTINGS = {
     *("classes", "dimension", "history_length", "blocks", "heads", "successors", "context_buckets", "max_context"),
     *("seed", "batch_size", "replay_size", "replay_capacity", "negatives", "learning_rate", "row_learning_rate"),
     *("weight_decay", "dropout", "gradient_clip", "batches_per_version", "torch_threads"),
+    *("batch_seconds", "batch_growth"),
+    *("trainable", "lora_rank", "optimizer", "average_decay", "anchor_steps", "l2sp_weight", "ewc_weight"),
+    *("distillation_weight", "follow_loss", "squared_error_weight", "bayesian_head"),
     *("gate", "gate_events", "gate_confidence", "gate_margin", "gate_past_margin", "gate_growth", "gate_holds"),
 }
 
@@ -99,6 +102,10 @@ class Settings(BaseModel):
         9465, ge=0, le=65535, description="HTTP port of the trainer's /metrics; 0 takes a free one"
     )
     reflection: bool = Field(True, description="serve gRPC reflection, for grpcurl and the like")
+    transport: Literal["auto", "grpcio", "native"] = Field(
+        "auto",
+        description="native: HTTP/2 outside Python, no TLS, fewer limits; auto: native on loopback without TLS",
+    )
 
     # What feedback means
     classes: Classes = Field(
@@ -126,6 +133,12 @@ class Settings(BaseModel):
 
     # The store
     store_timeout_seconds: float = Field(2.0, gt=0, le=60, description="longest wait for one answer of the store")
+    durability: Literal["memory", "disk", "replica"] = Field(
+        "memory",
+        description="where feedback is when it is acknowledged: in the store's memory (its disk follows, within two "
+        "seconds at worst), on its disk, or in the memory of durable_replicas replicas too",
+    )
+    durable_replicas: int = Field(1, ge=1, le=16, description="replicas that must have feedback (durability = replica)")
     history_limit: int = Field(
         2000,
         ge=1,
@@ -142,6 +155,14 @@ class Settings(BaseModel):
     )
     snapshots_retained: int = Field(
         3, ge=1, le=100, description="full copies of the weights kept; deltas behind the oldest are trimmed"
+    )
+    versions_retained: int = Field(
+        10_000, ge=1, description="versions kept beside the full copies, at the most until the next copy"
+    )
+    weights_max_bytes: int = Field(
+        8 << 30,
+        ge=1 << 20,
+        description="bound of all versions and full copies; the newest copy and what follows it are kept at any size",
     )
     snapshot_every_bytes: int = Field(
         0, ge=0, description="bytes of deltas after which a snapshot is written; 0: as many as it has, at least 64 MiB"
@@ -170,7 +191,13 @@ class Settings(BaseModel):
     )
     seed: int = Field(1, ge=0, lt=1 << 31, description="of initial weights, replay and negatives")
     batch_size: int = Field(64, ge=1, le=65_536, description="new feedback per learning step")
-    replay_size: int = Field(192, ge=0, le=65_536, description="earlier feedback replayed in each step")
+    batch_seconds: float = Field(
+        0.125, ge=0, le=3600, description="time that the acceptance of a full batch spans; one that fills faster grows"
+    )
+    batch_growth: int = Field(
+        4, ge=1, le=1024, description="times batch_size that a batch grows to when feedback comes fast; 1: never grows"
+    )
+    replay_size: int = Field(128, ge=0, le=65_536, description="earlier feedback replayed in each step")
     replay_capacity: int = Field(
         100_000, ge=1, description="most recent feedback that replay draws from; the log keeps at least these"
     )
@@ -180,6 +207,37 @@ class Settings(BaseModel):
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW, dense part")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the transformer's input and residuals while learning")
     gradient_clip: float = Field(5.0, gt=0, description="largest norm of the dense gradient")
+    trainable: Literal["all", "head", "bias", "lora"] = Field(
+        "all",
+        description="what learns beside the mixing weights: all; head: the class head alone; bias: biases and item "
+        "rows; lora: low-rank pairs on the blocks' maps, and item rows",
+    )
+    lora_rank: int = Field(4, ge=1, le=1024, description="rank of each pair (trainable = lora)")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="of the dense part; sgd has momentum 0.9 and needs a learning_rate of its own"
+    )
+    average_decay: float = Field(
+        0.0, ge=0, lt=1, description="share that the average of dense weights that is served keeps at a step; 0: none"
+    )
+    follow_loss: bool = Field(
+        False, description="lower the learning rates on a plateau of the prequential loss, raise them on a drift"
+    )
+    anchor_steps: int = Field(
+        256, ge=1, description="steps after which the anchor of the next three moves to the network as it then is"
+    )
+    l2sp_weight: float = Field(0.0, ge=0, le=1e6, description="of the pull of the dense weights to the anchor (L2-SP)")
+    ewc_weight: float = Field(
+        0.0, ge=0, le=1e6, description="of the pull to the anchor of those dense weights that mattered (EWC)"
+    )
+    distillation_weight: float = Field(
+        0.0, ge=0, le=1e6, description="of the divergence from what the anchor says of sampled items"
+    )
+    squared_error_weight: float = Field(
+        0.0, ge=0, le=1e6, description="of the squared error of the expected worth, for classes in an order"
+    )
+    bayesian_head: bool = Field(
+        False, description="learn beside the class head how sure it is (online Laplace on its last layer)"
+    )
     batches_per_version: int = Field(4, ge=1, le=10_000, description="steps in a version when feedback is plentiful")
     publish_seconds: float = Field(
         0.25, gt=0, le=3600, description="a version is closed when its first feedback is this old"
@@ -199,6 +257,12 @@ class Settings(BaseModel):
     # Serving
     worth_weight: float = Field(
         0.5, ge=0, le=10, description="power of the expected worth in the final order; 0 orders by score alone"
+    )
+    server_processes: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="processes that serve one port and share one copy of the weights, in main memory; Linux only",
     )
     max_score_batch: int = Field(32, ge=1, le=4096, description="requests scored together")
     queue_limit: int = Field(
@@ -297,6 +361,11 @@ def masked(url: str) -> str:
     user = re.fullmatch(r"(\w+://[^:/@]*)(:.*)?", head, flags=re.DOTALL)
     # What cannot be told apart is hidden as a whole.
     return (user[1] + (f":{MASK}" if user[2] else "") if user else MASK) + at + tail
+
+
+def bracketed(host: str) -> str:
+    """Write a host as it stands before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def is_loopback(host: str) -> bool:

@@ -296,7 +296,10 @@ def test_rollback_pause_and_versions_from_the_command_line(
     found = output("versions", "show", str(bad + 1), *at)
     assert (found["kind"], found["restored_version"], found["reason"]) == ("rollback", good, "too [bold]")
     assert len(found["set_aside"]) == 1
-    assert output("versions", *at)["versions"][0] == found
+    # Of one version more is told: which part of the log it learned, and how good the one before was found.
+    assert (found["records"]["until"], len(found["metrics_before"])) == (found["position"], len(found["metrics"]))
+    listed = {name: value for name, value in found.items() if name not in ("records", "metrics_before")}
+    assert output("versions", *at)["versions"][0] == listed
     assert main(["versions", *at]) == 0
     table = capsys.readouterr().out
     assert f"rollback to {good}" in table
@@ -310,7 +313,7 @@ def test_rollback_pause_and_versions_from_the_command_line(
 
 def _at(settings: Settings) -> list[str]:
     names = ("redis_url", "dimension", "history_length", "heads", "successors", "context_buckets", "batch_size")
-    names += ("replay_size", "replay_capacity", "negatives", "batches_per_version", "device")
+    names += ("batch_growth", "replay_size", "replay_capacity", "negatives", "batches_per_version", "device")
     flags = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in names]
     return [text for flag in flags for text in flag]
 

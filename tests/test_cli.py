@@ -18,7 +18,7 @@ from recsys.settings import CLASS_PRESETS, Settings
 
 COMMANDS = (
     *("demo", "up", "serve", "train", "store", "config"),
-    *("recommend", "feedback", "import", "status", "versions", "evaluate"),
+    *("recommend", "feedback", "import", "status", "versions", "evaluate", "fit"),
     *("rollback", "pause", "resume", "verify", "rebuild"),
 )
 HEADER = "user,item,time,class\n"
@@ -60,7 +60,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_help_of_those_that_take_settings_names_every_one(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "up", "serve", "train", "config", "evaluate", "verify", "rebuild"):
+    for command in ("demo", "up", "serve", "train", "config", "evaluate", "fit", "verify", "rebuild"):
         main([command, "--help"])
         shown = capsys.readouterr().out
         missing = [n for n in Settings.model_fields if f"--{n.replace('_', '-')} " not in shown]
@@ -121,6 +121,8 @@ def test_what_cannot_be_taken_is_refused_in_one_line(
     assert "nonsense" in error_of(capsys, ["nonsense"], 2)
     assert "USER" in error_of(capsys, ["recommend"], 2)
     assert "name both --user and --item" in error_of(capsys, ["evaluate", "--data", "x.csv", "--user", "u"], 2)
+    assert "name one file" in error_of(capsys, ["evaluate"], 2)
+    assert "name one file" in error_of(capsys, ["evaluate", "x.csv", "--data", "x.csv"], 2)
     assert "with --server" in error_of(capsys, ["-c", str(_toml(tmp_path, "port = 0")), "status"], 2)
     monkeypatch.setenv("RECSYS_PROT", "1")
     assert "'prot' (from environment)" in error_of(capsys, ["status"], 2)
@@ -299,7 +301,9 @@ def test_evaluate_measures_a_file_with_the_files_classes(
     small = ["--dimension", "8", "--history-length", "5", "--device", "cpu"]
     found = output("evaluate", "--data", str(path), *small)
     assert (found["feedback"], found["events"], found["bad_rows"]) == (300, 300, 1)
-    assert [method["name"] for method in found["methods"]] == ["recsys", "popularity", "popularity_decayed"]
+    names = ["recsys", "popularity", "popularity_decayed", "item_knn", "cooccurrence", "isgd"]
+    assert [method["name"] for method in found["methods"]] == names
+    assert output("evaluate", str(path), "--methods", "isgd,recsys", *small)["methods"][0]["name"] == "isgd"
     assert output("evaluate", "--data", str(path), "--events", "100", *small)["feedback"] == 100
     assert main(["evaluate", "--data", str(path), "--events", "100", *small]) == 0
     assert "NDCG@10" in capsys.readouterr().out

