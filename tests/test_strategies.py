@@ -138,12 +138,14 @@ def test_low_rank_pairs_are_merged_and_their_gradients_are_those_of_the_product(
         moved = weight.detach() - initial[name]
         assert moved.abs().max() > 1e-4
         assert torch.linalg.matrix_rank(moved, atol=1e-5) <= 2
-        down, up = (low.moving[f"{name}.{kind}"].detach().clone().requires_grad_() for kind in ("down", "up"))
+        down, up = (
+            low.moving[f"{low.name}.{name}.{kind}"].detach().clone().requires_grad_() for kind in ("down", "up")
+        )
         weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
         ((up @ down) * weight.grad).sum().backward()
         low.gather()
         for kind, expected in (("down", down), ("up", up)):
-            torch.testing.assert_close(low.moving[f"{name}.{kind}"].grad, expected.grad)
+            torch.testing.assert_close(low.moving[f"{low.name}.{name}.{kind}"].grad, expected.grad)
     # A server with any settings of learning reads it.
     Replica(_settings(), CPU).apply(learner.write_all()[0])
 
@@ -202,7 +204,7 @@ def test_the_network_between_steps_is_the_average_of_what_learns() -> None:
 
 def test_the_average_is_put_back_whatever_happens() -> None:
     weight = nn.Parameter(torch.tensor([1.0]))
-    average = Average(0.5, {"w": weight})
+    average = Average(0.5, {"w": weight}, "all")
     average.take_out()
     weight.data.fill_(3.0)
     average.learned()
@@ -261,10 +263,10 @@ def _drift(learner: Learner, before: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float((now[n] - old).square().sum()) for n, old in before.items() if "mix." not in n))
 
 
-@pytest.mark.parametrize("weight", ["l2sp_weight", "ewc_weight"])
-def test_a_pull_keeps_the_weights_nearer(weight: str) -> None:
+@pytest.mark.parametrize(("weight", "strong"), [("l2sp_weight", 100.0), ("ewc_weight", 1e5)])
+def test_a_pull_keeps_the_weights_nearer(weight: str, strong: float) -> None:
     moved = []
-    for strength in (0.0, 100.0):
+    for strength in (0.0, strong):
         learner = _learner(_settings(anchor_steps=1000, **{weight: strength}))
         before = _weights(learner)
         _go_on(learner, 0, 40)
@@ -290,7 +292,7 @@ def test_distillation_is_the_divergence_of_two_softmaxes() -> None:
         return network.states(vectors, vectors[:, -1], histories)
 
     earlier = states().detach()
-    assert float(anchor.distil(histories, vectors, states(), sampled)) == pytest.approx(0.0, abs=1e-6)
+    assert float(anchor.distil(histories, vectors, states().detach(), sampled)) == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
         network.position.add_(0.5 * torch.randn(network.position.shape, generator=generator))
     later = states()
@@ -298,7 +300,9 @@ def test_distillation_is_the_divergence_of_two_softmaxes() -> None:
     for user in (0, 2):
         p, q = ((s[user] @ sampled.T).softmax(0).detach().double() for s in (earlier, later))
         expected.append(float((p * (p / q).log()).sum()))
-    assert float(anchor.distil(histories, vectors, later, sampled)) == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert float(anchor.distil(histories, vectors, later.detach(), sampled)) == pytest.approx(
+        sum(expected) / 2, rel=1e-4
+    )
 
 
 def test_distillation_keeps_what_is_said() -> None:
@@ -443,10 +447,10 @@ def test_the_variance_is_that_of_the_whole_kronecker_product() -> None:
 def test_samples_have_the_mean_and_the_variance() -> None:
     layer, last, inputs, _, _ = _watched(2, 30)
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.stack([layer.sample(inputs[:2], last(inputs[:2]).detach(), generator) for _ in range(4000)])
+    drawn = torch.stack([layer.sample(inputs[:2], last(inputs[:2]).detach(), generator) for _ in range(1000)])
     variance = layer.variances(inputs[:2])
-    assert ((drawn.mean(0) - last(inputs[:2]).detach()).abs() < 5 * (variance / 4000).sqrt()).all()
-    torch.testing.assert_close(drawn.var(0), variance, rtol=0.15, atol=0)
+    assert ((drawn.mean(0) - last(inputs[:2]).detach()).abs() < 5 * (variance / 1000).sqrt()).all()
+    torch.testing.assert_close(drawn.var(0), variance, rtol=0.25, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -551,6 +555,20 @@ def test_another_strategy_goes_on_from_any_weights_and_back(changes: dict[str, A
     _go_on(back, 12, 15)
 
 
+def test_what_moves_may_be_chosen_anew_under_any_strategy() -> None:
+    learner = _learner(_settings(average_decay=0.9, l2sp_weight=0.1), 3)
+    for changes in (
+        {"trainable": "head"},
+        {"ewc_weight": 1.0},
+        {"trainable": "lora"},
+        {"trainable": "lora", "lora_rank": 1},
+    ):
+        other = _copy(learner, _settings(average_decay=0.9, l2sp_weight=0.1, **changes))
+        assert _payloads(other)[0] == _payloads(learner)[0]
+        _go_on(other, 3, 5)
+        learner = other
+
+
 def _damaged(own: WeightPayload, damage: Callable[[dict[str, Any]], None]) -> WeightPayload:
     dense = dict(own.dense)
     damage(dense)
@@ -560,12 +578,12 @@ def _damaged(own: WeightPayload, damage: Callable[[dict[str, Any]], None]) -> We
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda dense: dense.pop("strategy.average.steps"),
+        lambda dense: dense.pop("strategy.average_all.steps"),
         lambda dense: dense.pop("position.exp_avg"),
         lambda dense: dense.pop("steps"),
-        lambda dense: dense.update({"strategy.average.position": np.zeros(3, np.float32)}),
-        lambda dense: dense.update({"strategy.average.steps": np.zeros(1, np.float32)}),
-        lambda dense: dense.update({"strategy.average.other": np.zeros(1, np.float32)}),
+        lambda dense: dense.update({"strategy.average_all.position": np.zeros(3, np.float32)}),
+        lambda dense: dense.update({"strategy.average_all.steps": np.zeros(1, np.float32)}),
+        lambda dense: dense.update({"strategy.average_all.other": np.zeros(1, np.float32)}),
         lambda dense: dense.update({"position.exp_avg": np.zeros(3, np.float32)}),
         lambda dense: dense.update({"other": np.zeros(3, np.float32)}),
     ],

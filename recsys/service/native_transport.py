@@ -31,6 +31,8 @@ from recsys.settings import Settings, bracketed
 IO_THREADS = 1
 # Calls handed over at a time.
 EVENTS_AT_ONCE = 256
+# The last answers are written by threads of the transport, and its `close` does not wait for them.
+FLUSH_SECONDS = 0.2
 # A batch that takes longer than this does not keep new calls waiting: they are looked for beside it, as often.
 PATIENCE_SECONDS = 0.025
 
@@ -104,6 +106,7 @@ class NativeTransport:
         behind = asyncio.ensure_future(self._behind.stop(grace))
         if self._calls:
             await asyncio.to_thread(self._idle.wait, grace)
+            await asyncio.sleep(FLUSH_SECONDS)
         await behind
         await asyncio.to_thread(self._close)
 

@@ -22,10 +22,9 @@ FISHER_DECAY = 0.995
 class Anchor:
     """Remember the network of `anchor_steps` ago, and the importance of its weights where EWC asks for it."""
 
-    name = "anchor"
-
     def __init__(self, settings: Settings, network: RecommendationNetwork, weights: Mapping[str, nn.Parameter]) -> None:
         self._settings, self._network, self._weights = settings, network, weights
+        self.name = f"{'ewc' if settings.ewc_weight else 'anchor'}_{settings.trainable}"
         device = next(network.parameters()).device
         self._earlier = build_network(settings).to(device).eval().requires_grad_(False)
         self._earlier_weights = dict(self._earlier.named_parameters())

@@ -17,11 +17,10 @@ WARM_UP = 10
 
 
 class Average:
-    """Average parameters over steps; `decay` is how much of the average stays at each."""
+    """Average `weights` over steps; `decay` is how much of the average stays at each; `of` names which weights."""
 
-    name = "average"
-
-    def __init__(self, decay: float, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, decay: float, weights: Mapping[str, nn.Parameter], of: str) -> None:
+        self.name = f"average_{of}"
         self._decay, self._weights = decay, weights
         self._learning = {name: weight.detach().clone() for name, weight in weights.items()}
         self._average = {name: weight.detach().clone() for name, weight in weights.items()}

@@ -38,7 +38,7 @@ class Strategies:
         self._trainable = build_trainable(settings, network)
         self.rows = self._trainable.rows
         weights = self._trainable.weights
-        self._average = Average(settings.average_decay, weights) if settings.average_decay else None
+        self._average = Average(settings.average_decay, weights, settings.trainable) if settings.average_decay else None
         self._pulls = bool(settings.l2sp_weight or settings.ewc_weight)
         anchored = self._pulls or settings.distillation_weight
         self._anchor = Anchor(settings, network, weights) if anchored else None

@@ -76,7 +76,7 @@ class LastLayer:
     def variances(self, inputs_BF: Tensor) -> Tensor:
         """Return the variance of each logit, given what goes into the last map: (B, C)."""
         lower_FF, lower_CC = self._factors()
-        spread_FB = torch.linalg.solve_triangular(lower_FF, _with_one(inputs_BF).T, upper=False)
+        spread_FB: Tensor = torch.linalg.solve_triangular(lower_FF, _with_one(inputs_BF).T, upper=False)
         variance_C: Tensor = torch.cholesky_inverse(lower_CC).diagonal()
         return spread_FB.square().sum(0)[:, None] * variance_C
 
@@ -97,7 +97,7 @@ class LastLayer:
         lower_FF, lower_CC = self._factors()
         noise_FC = torch.randn(len(lower_FF), len(lower_CC), generator=generator).to(lower_FF.device)
         half_FC = torch.linalg.solve_triangular(lower_FF.T, noise_FC, upper=True)
-        drawn_FC = torch.linalg.solve_triangular(lower_CC, half_FC, upper=False, left=False)
+        drawn_FC: Tensor = torch.linalg.solve_triangular(lower_CC, half_FC, upper=False, left=False)
         return logits_BC + _with_one(inputs_BF) @ drawn_FC
 
     def state(self) -> dict[str, Tensor]:

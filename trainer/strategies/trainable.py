@@ -75,10 +75,12 @@ class LowRank(Trainable):
     def __init__(self, settings: Settings, network: RecommendationNetwork) -> None:
         super().__init__(settings, network)
         rank, self._seed = settings.lora_rank, settings.seed
+        # Pairs of another rank are another strategy's.
+        self.name = f"low_rank_{rank}"
         self._base = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self._down = {name: nn.Parameter(w.new_zeros(rank, w.shape[1])) for name, w in self.weights.items()}
         self._up = {name: nn.Parameter(w.new_zeros(w.shape[0], rank)) for name, w in self.weights.items()}
-        self.moving = {f"{name}.{kind}": p for name, kind, p in self._pairs()}
+        self.moving = {f"{self.name}.{name}.{kind}": p for name, kind, p in self._pairs()}
         self.reset()
 
     def _pairs(self) -> Iterator[tuple[str, str, nn.Parameter]]:
