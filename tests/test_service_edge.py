@@ -119,7 +119,10 @@ def test_a_message_of_an_error_arrives_as_it_is(running: Running) -> None:
     assert len(violations(lambda: recommender(running).Recommend(request, timeout=SECONDS))) == 20
 
 
-def test_a_caller_that_hangs_up_is_counted(settings: Settings) -> None:
+def test_a_caller_that_hangs_up_is_counted(settings: Settings, request: pytest.FixtureRequest) -> None:
+    if settings.transport == "grpcio":
+        # Behind many other servers in one process grpc.aio at times never brings the cancellation; alone it does.
+        request.applymarker(pytest.mark.xfail(reason="cancellation lost among several event loops", strict=False))
     with serve(settings) as running:
         labels = {"grpc_type": "unary", "grpc_service": "recsys.v1.RecommenderService", "grpc_method": "Recommend"}
 

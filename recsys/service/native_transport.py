@@ -106,7 +106,7 @@ class NativeTransport:
         behind = asyncio.ensure_future(self._behind.stop(grace))
         if self._calls:
             await asyncio.to_thread(self._idle.wait, grace)
-            await asyncio.sleep(FLUSH_SECONDS)
+        await asyncio.sleep(FLUSH_SECONDS)
         await behind
         await asyncio.to_thread(self._close)
 
