@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from recsys.catalog import CatalogMirror
 from recsys.errors import CorruptWeights, StoreFull, StoreUnavailable
+from recsys.logs import Summary, tell
 from recsys.metrics import ServerMetrics
 from recsys.scorer import Scorer
 from recsys.settings import Settings
@@ -59,6 +60,8 @@ class Follower:
         self._awaiting_answer: deque[tuple[int, list[int]]] = deque(maxlen=VERSIONS_AWAITED)
         self._awaiting_lock = threading.Lock()
         self._stopping = threading.Event()
+        self._applied_summary = Summary()
+        self._store_lost = False
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
         scorer.on_first_answer = self._answered
 
@@ -79,9 +82,15 @@ class Follower:
                 if not self.step(WAIT_SECONDS):
                     self._stopping.wait(RETRY_SECONDS)
                 self._metrics.store_reachable(True)
+                if self._store_lost:
+                    self._store_lost = False
+                    tell(_log, logging.INFO, "the store is back", version=self._scorer.version)
             except (StoreUnavailable, StoreFull) as error:
                 self._metrics.store_reachable(False)
-                _log.warning("serving the weights that are held: %s", error)
+                if not self._store_lost:
+                    self._store_lost = True
+                    words = "the store is lost: serving the weights that are held"
+                    tell(_log, logging.WARNING, words, version=self._scorer.version, error=error)
                 self._stopping.wait(RETRY_SECONDS)
             except CorruptWeights as error:
                 _log.error("loading the weights anew: %s", error)
@@ -195,6 +204,7 @@ class Follower:
         with self._awaiting_lock:
             self._awaiting_answer.clear()
         self._scorer.take(last, replica, _now_ms())
+        tell(_log, logging.INFO, "weights loaded", version=last.version, reason=self._reason)
         for record in passed:
             self._remember(record)
         return True
@@ -202,6 +212,8 @@ class Follower:
     def _applied(self, record: VersionRecord) -> None:
         self._remember(record)
         applied_ms = self._scorer.status.applied_ms
+        if applied := self._applied_summary.add({"versions": 1}):
+            tell(_log, logging.INFO, "version applied", version=record.version, kind=record.kind or None, **applied)
         accepted_ms = list(record.accepted_ms)
         committed = [max(0, applied_ms - record.committed_ms) / 1000] * len(accepted_ms)
         self._metrics.freshness("committed_to_applied", committed)

@@ -7,16 +7,17 @@ of the service invents: what is outside a closed set of values is counted as `ot
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
 import recsys
+from recsys.call_metrics import CallMetrics
+from recsys.recommendation_id import RecommendationId
+from recsys.served_lists import OTHER, ServedLists
 from recsys.stages import FRESHNESS_BUCKETS, FRESHNESS_HELP, FRESHNESS_METRIC, SERVER_STAGES, ServerStage
 from recsys.v1 import catalog_pb2, model_pb2, recommender_pb2
 
-OTHER = "other"
 # The names of grpc.StatusCode, in the order of their numbers.
 CODES = (
     *("OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS"),
@@ -29,27 +30,14 @@ METHODS = tuple(
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 )
-# "network", "transition", "trending", by the number that an answer carries.
-SOURCES = {
-    number: name.removeprefix("SOURCE_").lower() for name, number in recommender_pb2.Source.items() if number != 0
-}
 FIELDS = tuple(field.name for field in recommender_pb2.Feedback.DESCRIPTOR.fields)
 REJECTIONS = ("overloaded", "deadline_passed", "histories_unavailable", "not_ready")
 RELOADS = ("start", "corrupt")
+# What was known of the user of a request that was scored: unavailable while the store cannot be read.
+HISTORIES = ("known", "empty", "unavailable")
 
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _BATCH_BUCKETS = tuple(float(2**i) for i in range(13))
-
-
-@dataclass(frozen=True, slots=True)
-class _Method:
-    """Hold one method's series, so that a call costs no label look-up."""
-
-    started: Counter
-    received: Counter
-    sent: Counter
-    seconds: Histogram
-    handled: Mapping[str, Counter]
 
 
 class ServerMetrics:
@@ -61,7 +49,7 @@ class ServerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._methods = _methods(registry)
+        self._calls = CallMetrics(registry, (*METHODS, (OTHER, OTHER)), CODES, "UNKNOWN", _LATENCY_BUCKETS)
         Info("recsys_build", "The software that runs.", registry=registry).info(
             {"version": recsys.__version__, "python_version": platform.python_version()}
         )
@@ -72,18 +60,14 @@ class ServerMetrics:
         self._refused = Counter(
             "recsys_feedback_refused", "Feedback refused, by the field at fault.", ["field"], registry=registry
         )
-        self._items_recommended = Counter(
-            "recsys_items_recommended",
-            "Items in answers to Recommend, by the part of the score that lifted them.",
-            ["source"],
+        self._lists = ServedLists(registry, _LATENCY_BUCKETS)
+        histories = Counter(
+            "recsys_scored_requests",
+            "Requests scored, by what was known of the user: without a history what is trending is the answer.",
+            ["history"],
             registry=registry,
         )
-        self._recommend_seconds = Histogram(
-            "recsys_recommend_seconds",
-            "Time that one answer to Recommend took, waiting in the queue included.",
-            registry=registry,
-            buckets=_LATENCY_BUCKETS,
-        )
+        self._histories = {history: histories.labels(history) for history in HISTORIES}
         self._batch = Histogram(
             "recsys_score_batch_requests",
             "Requests scored together in one batch.",
@@ -124,17 +108,11 @@ class ServerMetrics:
 
     def rpc_started(self, service: str, method: str) -> None:
         """Count a unary call whose message has arrived; `service` is fully qualified."""
-        series = self._method(service, method)
-        series.started.inc()
-        series.received.inc()
+        self._calls.started(service, method)
 
     def rpc_handled(self, service: str, method: str, code: str, seconds: float) -> None:
         """Count and time a finished call; `code` is the name of a grpc.StatusCode, such as "OK"."""
-        series = self._method(service, method)
-        series.handled[code if code in CODES else "UNKNOWN"].inc()
-        series.seconds.observe(seconds)
-        if code == "OK":
-            series.sent.inc()
+        self._calls.handled(service, method, code, seconds)
 
     def feedback_accepted(self, n: int) -> None:
         """Count feedback newly written to the log, duplicates not included."""
@@ -148,19 +126,32 @@ class ServerMetrics:
         """Count feedback refused because of `field`, named as in the Feedback message."""
         self._refused.labels(field if field in FIELDS else OTHER).inc(n)
 
-    def recommended(self, source_counts: Mapping[int, int], seconds: float) -> None:
-        """Count the items of one answer by their recsys.v1.Source, and time the answer."""
-        for source, count in source_counts.items():
-            self._items_recommended.labels(SOURCES.get(source, OTHER)).inc(count)
-        self._recommend_seconds.observe(seconds)
+    @property
+    def lists(self) -> ServedLists:
+        """Return what counts the lists that were served."""
+        return self._lists
+
+    def recommended(self, item_ids: Sequence[str], sources: Sequence[int], seconds: float) -> None:
+        """Count the items of one answer, best first, by their recsys.v1.Source, and time the answer."""
+        self._lists.shown(item_ids, sources, seconds)
+
+    def recommendation_feedback(
+        self, found: RecommendationId | None, item_id: str, served_version: int, *, positive: bool
+    ) -> None:
+        """Count feedback on what was recommended; `found` is None where its recommendation_id says nothing."""
+        self._lists.feedback(found, item_id, served_version, positive=positive)
+
+    def scored(self, history: str, n: int) -> None:
+        """Count requests that were scored; `history` is one of HISTORIES."""
+        self._histories[history].inc(n)
 
     def batch_scored(self, size: int) -> None:
         """Record how many requests were scored together."""
         self._batch.observe(size)
 
-    def queue_length(self, n: int) -> None:
-        """Record how many requests wait."""
-        self._queue.set(n)
+    def watch_queue(self, length: Callable[[], int]) -> None:
+        """Ask `length` how many requests wait, whenever Prometheus asks."""
+        self._queue.set_function(length)
 
     def rejected(self, reason: str) -> None:
         """Count a request turned away before scoring; `reason` is one of REJECTIONS."""
@@ -188,48 +179,12 @@ class ServerMetrics:
         """Record whether the store answers."""
         self._store_reachable.set(reachable)
 
-    def _method(self, service: str, method: str) -> _Method:
-        return self._methods.get((service, method)) or self._methods[OTHER, OTHER]
-
     def _export_zeros(self) -> None:
         for field in (*FIELDS, OTHER):
             self._refused.labels(field)
-        for source in (*SOURCES.values(), OTHER):
-            self._items_recommended.labels(source)
         for reason in (*REJECTIONS, OTHER):
             self._rejected.labels(reason)
         for stage in SERVER_STAGES:
             self._freshness.labels(stage)
         for reason in (*RELOADS, OTHER):
             self._reloads.labels(reason)
-
-
-def _methods(registry: CollectorRegistry) -> dict[tuple[str, str], _Method]:
-    """Create the series that gRPC servers in other languages export too, for every method known."""
-    labels = ["grpc_type", "grpc_service", "grpc_method"]
-    started = Counter("grpc_server_started", "RPCs started on the server.", labels, registry=registry)
-    received = Counter("grpc_server_msg_received", "Messages received from clients.", labels, registry=registry)
-    sent = Counter("grpc_server_msg_sent", "Messages sent to clients.", labels, registry=registry)
-    handled = Counter(
-        "grpc_server_handled",
-        "RPCs completed on the server, with success or not.",
-        [*labels, "grpc_code"],
-        registry=registry,
-    )
-    seconds = Histogram(
-        "grpc_server_handling_seconds",
-        "Time from an RPC's arrival to its completion.",
-        labels,
-        registry=registry,
-        buckets=_LATENCY_BUCKETS,
-    )
-    return {
-        (service, method): _Method(
-            started.labels("unary", service, method),
-            received.labels("unary", service, method),
-            sent.labels("unary", service, method),
-            seconds.labels("unary", service, method),
-            {code: handled.labels("unary", service, method, code) for code in CODES},
-        )
-        for service, method in (*METHODS, (OTHER, OTHER))
-    }

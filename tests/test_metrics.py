@@ -1,4 +1,7 @@
-"""What server and trainer export: names by the conventions, closed labels, zeros from the start, exact values."""
+"""What server and trainer export: names by the conventions, closed labels, zeros from the start, exact values.
+
+Run as a program it prints docs/metrics.md, the reference of all metrics.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import math
 import re
 import shutil
 import subprocess
+from collections import Counter
+from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from recsys import metrics as server_metrics
 from recsys.metrics import ServerMetrics
+from recsys.recommendation_id import issue, parse
 from recsys.stages import FRESHNESS_BUCKETS, SERVER_STAGES, TRAINER_STAGES
 from trainer.metrics import TrainerMetrics
 
@@ -22,12 +28,51 @@ PLAIN = {
     *("recsys_served_version", "recsys_committed_version", "recsys_items", "recsys_queue_requests"),
     *("recsys_score_batch_requests", "recsys_store_reachable", "recsys_feedback_backlog"),
     *("recsys_feedback_log_records", "recsys_learning_loss", "recsys_prequential_log_loss", "recsys_gradient_norm"),
+    *("recsys_recommended_novelty", "recsys_drift_score"),
 }
 LABELS = {
     *("grpc_type", "grpc_service", "grpc_method", "grpc_code", "field", "source", "reason", "stage", "part"),
+    *("position", "outcome", "versions_behind", "history", "slice", "stream", "measure"),
     *("window", "k", "method", "version", "python_version", "device", "device_name", "le"),
 }
 RECOMMENDER = "recsys.v1.RecommenderService"
+REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+INTRODUCTION = """# Metrics
+
+Written by `.venv/bin/python tests/test_metrics.py > docs/metrics.md`; a test holds that it is what the code exports.
+
+The server exports its metrics at `metrics_port`, the trainer at `trainer_metrics_port`, both at `/metrics`. With
+`server_processes` above 1 one target has the series of all processes, each with the label `process`: sum counters and
+histograms over it, and take the maximum of what each process says of the same thing (versions, times of versions,
+`recsys_items`). Counters are exported as 0 from the start; what has to be measured first is NaN until then. No label
+names a user, an item or a version.
+
+What users did with what was recommended is told by the `recommendation_id` that they send back: it says by itself which
+version answered and what stood where, so that any process can count it, also after a restart. Click-through by source
+(or `position`), and by how old the answer was where feedback that is not positive, such as impressions, is logged too:
+
+```
+sum by (source) (rate(recsys_recommendation_feedback_total{outcome="positive"}[1h]))
+  / sum by (source) (rate(recsys_items_recommended_total[1h]))
+sum by (versions_behind) (rate(recsys_recommendation_version_feedback_total{outcome="positive"}[1h]))
+  / sum by (versions_behind) (rate(recsys_recommendation_version_feedback_total[1h]))
+```
+
+One answer can be followed by several positive feedback on an item, a click and a purchase say: each counts.
+"""
+SUFFIX_UNITS = {"_seconds": "seconds", "_bytes": "bytes", "_ratio": "ratio", "_info": ""}
+# Values of a label that are listed in the reference, and series of a metric that need no reason.
+MOST_VALUES = 12
+MOST_SERIES = 100
+NAME_UNITS = {
+    "recsys_gradient_norm": "norm",
+    "recsys_learning_loss": "nats",
+    "recsys_recommended_novelty": "bits",
+    "recsys_prequential_log_loss": "nats",
+    "recsys_served_version": "version",
+    "recsys_committed_version": "version",
+    "recsys_store_reachable": "0 or 1",
+}
 
 
 @pytest.fixture
@@ -48,6 +93,59 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
     return found
 
 
+def reference() -> str:
+    """Write every metric with its type, labels, unit and meaning as Markdown."""
+    server, trainer = both()
+    lines = [INTRODUCTION]
+    for title, registry in (("Server", server), ("Trainer", trainer)):
+        lines += [f"## {title}", "", "| metric | type | unit | labels | meaning |", "|---|---|---|---|---|"]
+        lines += sorted(_row(family) for family in registry.collect())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(family: Metric) -> str:
+    names = {sample.name for sample in family.samples}
+    name = family.name + next((s for s in ("_total", "_info") if family.name + s in names), "")
+    labels: dict[str, list[str]] = {}
+    for sample in family.samples:
+        for label, value in sample.labels.items():
+            if label != "le" and value not in labels.setdefault(label, []):
+                labels[label].append(value)
+    measured = name.removesuffix("_total")
+    unit = NAME_UNITS.get(name) or next((u for suffix, u in SUFFIX_UNITS.items() if measured.endswith(suffix)), "count")
+    shown = "; ".join(f"`{label}`{_values(values)}" for label, values in labels.items())
+    kind = "gauge" if family.type == "info" else family.type
+    return f"| `{name}` | {kind} | {unit} | {shown} | {family.documentation} |"
+
+
+def _values(values: list[str]) -> str:
+    """List the values of a label where they are few, and the code alone knows them."""
+    return ": " + ", ".join(values) if len(values) <= MOST_VALUES and not any("." in value for value in values) else ""
+
+
+def test_the_reference_is_current() -> None:
+    assert REFERENCE.read_text(encoding="utf-8") == reference(), (
+        "docs/metrics.md is not what the code exports: .venv/bin/python tests/test_metrics.py > docs/metrics.md"
+    )
+
+
+def test_no_two_processes_mean_different_things_by_one_name() -> None:
+    told: dict[str, set[tuple[str, str]]] = {}
+    for registry in both():
+        for family in registry.collect():
+            told.setdefault(family.name, set()).add((family.type, family.documentation))
+    assert [name for name, meanings in told.items() if len(meanings) > 1] == []
+
+
+def test_series_stay_few() -> None:
+    """More than a hundred series of a metric are for a reason: gRPC's own are by method and code."""
+    for registry in both():
+        for family in registry.collect():
+            count = max(Counter(sample.name for sample in family.samples).values())
+            assert count <= MOST_SERIES or family.name.startswith("grpc_server_"), family.name
+
+
 @pytest.mark.parametrize("registry", both(), ids=["server", "trainer"])
 def test_names_follow_the_conventions(registry: CollectorRegistry) -> None:
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
@@ -60,7 +158,7 @@ def test_names_follow_the_conventions(registry: CollectorRegistry) -> None:
         exported = {sample.name for sample in family.samples}
         assert any(n.endswith("_total") for n in exported) == (family.type == "counter"), name
         if family.type == "gauge" or (family.type == "histogram" and not name.endswith("_seconds")):
-            assert name in PLAIN or name.endswith(("_seconds", "_bytes", "_ratio", "_info")), f"{name} has no unit"
+            assert name in PLAIN or name.endswith(tuple(SUFFIX_UNITS)), f"{name} has no unit"
         for sample in family.samples:
             assert set(sample.labels) <= LABELS, sample
 
@@ -70,7 +168,8 @@ def test_known_series_are_there_from_the_start(registry: CollectorRegistry) -> N
     for family in registry.collect():
         assert family.samples, f"{family.name} shows nothing before its first use"
         for sample in family.samples:
-            unmeasured = family.name.startswith("recsys_prequential_") or family.name == "recsys_learning_loss"
+            unmeasured = family.name.startswith(("recsys_prequential_", "recsys_recommended_"))
+            unmeasured = unmeasured or family.name == "recsys_learning_loss"
             expected = math.nan if unmeasured else 1.0 if sample.name.endswith("_info") else 0.0
             assert sample.value == expected or (math.isnan(sample.value) and math.isnan(expected)), sample
 
@@ -136,12 +235,15 @@ def test_callers_cannot_invent_series(registry: CollectorRegistry) -> None:
         metrics.feedback_refused(f"field_{i}", 1)
         metrics.rejected(f"reason_{i}")
         metrics.weights_reloaded(f"reason_{i}")
-        metrics.recommended({100 + i: 1}, 0.1)
+        metrics.recommended([f"item-{i}"], [100 + i], 0.1)
+        shown = issue(10**i, [f"item-{i}"], [i % 4])
+        metrics.recommendation_feedback(parse(shown), f"item-{i}", 10**9, positive=True)
+        metrics.recommendation_feedback(parse(f"invented-{i}"), f"item-{i}", 10**9, positive=False)
     assert sum(len(family.samples) for family in registry.collect()) == before
     of = {"grpc_type": "unary", "grpc_service": "other", "grpc_method": "other"}
     assert value(registry, "grpc_server_handled_total", **of, grpc_code="UNKNOWN") == 10
     assert value(registry, "recsys_feedback_refused_total", field="other") == 10
-    assert value(registry, "recsys_items_recommended_total", source="other") == 10
+    assert value(registry, "recsys_items_recommended_total", source="other", position="1") == 10
 
 
 def test_server_values(registry: CollectorRegistry) -> None:
@@ -149,9 +251,11 @@ def test_server_values(registry: CollectorRegistry) -> None:
     metrics.feedback_accepted(3)
     metrics.feedback_duplicate(2)
     metrics.feedback_refused("item_id", 4)
-    metrics.recommended({1: 6, 2: 3, 3: 1}, 0.02)
+    metrics.recommended(list("abcd"), [1, 2, 1, 3], 0.02)
+    metrics.scored("empty", 2)
     metrics.batch_scored(5)
-    metrics.queue_length(7)
+    waiting = [1, 2]
+    metrics.watch_queue(lambda: len(waiting))
     metrics.rejected("overloaded")
     metrics.version_applied(42, 1_700_000_000.25, 1_700_000_000.5, 9000)
     metrics.weights_reloaded("corrupt")
@@ -160,12 +264,15 @@ def test_server_values(registry: CollectorRegistry) -> None:
     assert value(registry, "recsys_feedback_duplicate_total") == 2
     assert value(registry, "recsys_feedback_refused_total", field="item_id") == 4
     assert [
-        value(registry, "recsys_items_recommended_total", source=source)
-        for source in ("network", "transition", "trending")
-    ] == [6, 3, 1]
+        value(registry, "recsys_items_recommended_total", source=source, position=position)
+        for source, position in (("network", "1"), ("transition", "2"), ("network", "3"), ("trending", "4-5"))
+    ] == [1, 1, 1, 1]
+    assert value(registry, "recsys_scored_requests_total", history="empty") == 2
     assert value(registry, "recsys_recommend_seconds_sum") == 0.02
     assert value(registry, "recsys_score_batch_requests_sum") == 5
-    assert value(registry, "recsys_queue_requests") == 7
+    assert value(registry, "recsys_queue_requests") == 2
+    waiting.clear()
+    assert value(registry, "recsys_queue_requests") == 0
     assert value(registry, "recsys_requests_rejected_total", reason="overloaded") == 1
     assert value(registry, "recsys_served_version") == 42
     assert value(registry, "recsys_served_version_committed_timestamp_seconds") == 1_700_000_000.25
@@ -205,6 +312,7 @@ def test_trainer_values(registry: CollectorRegistry) -> None:
     metrics.version_committed(8, 500, 0.01)
     metrics.backlog(12)
     metrics.log_usage(10, 6000, 60_000)
+    metrics.store_memory(5e6, 4e9)
     metrics.loss("item", 3.5)
     metrics.gradient_norm(0.75)
     metrics.freshness("read_to_learned", [0.1, 0.2])
@@ -223,6 +331,8 @@ def test_trainer_values(registry: CollectorRegistry) -> None:
     assert value(registry, "recsys_feedback_log_records") == 10
     assert value(registry, "recsys_feedback_log_bytes") == 6000
     assert value(registry, "recsys_feedback_log_max_bytes") == 60_000
+    assert value(registry, "recsys_store_memory_bytes") == 5e6
+    assert value(registry, "recsys_store_max_memory_bytes") == 4e9
     assert value(registry, "recsys_learning_loss", part="item") == 3.5
     assert value(registry, "recsys_gradient_norm") == 0.75
     assert value(registry, "recsys_freshness_seconds_count", stage="read_to_learned") == 2
@@ -243,4 +353,28 @@ def test_quality_reads_the_keys_of_a_version_s_metrics(registry: CollectorRegist
     assert value(registry, "recsys_prequential_ndcg_ratio", **of, method="recsys") == 0.1
     assert value(registry, "recsys_prequential_mrr_ratio", window="recent", k="50", method="recsys") == 0.05
     assert value(registry, "recsys_prequential_log_loss", window="recent") == 0.7
+    metrics.quality("recent", {"auc": 0.75, "calibration_error": 0.01, "new_item_hr_at_10": 0.3, "new_user_share": 0.5})
+    assert value(registry, "recsys_prequential_auc_ratio", window="recent") == 0.75
+    assert value(registry, "recsys_prequential_calibration_error_ratio", window="recent") == 0.01
+    assert value(registry, "recsys_prequential_slice_hit_ratio", **of, slice="new_item") == 0.3
+    assert value(registry, "recsys_prequential_slice_ratio", window="recent", slice="new_user") == 0.5
+    assert math.isnan(value(registry, "recsys_prequential_slice_hit_ratio", **of, slice="new_user"))
     assert math.isnan(value(registry, "recsys_prequential_hit_ratio", window="all", k="10", method="recsys"))
+
+
+def test_drift_reads_the_keys_of_a_version_s_metrics(registry: CollectorRegistry) -> None:
+    metrics = TrainerMetrics(registry)
+    before = sum(len(family.samples) for family in registry.collect())
+    found = {"drift_item_mix_psi": 0.3, "drift_item_loss_page_hinkley": 0.5, "drift_network_norm_change": 0.01}
+    metrics.drift({**found, "drift_detected": 1.0, "drift_item_mix_detected": 1.0, "drift_invented_psi": 2.0})
+    metrics.drift({"drift_item_mix_psi": 0.05, "drift_detected": 0.0})
+    assert value(registry, "recsys_drift_score", stream="item_mix", measure="psi") == 0.05
+    assert value(registry, "recsys_drift_score", stream="item_loss", measure="page_hinkley") == 0.5
+    assert value(registry, "recsys_drift_score", stream="network", measure="norm_change") == 0.01
+    assert value(registry, "recsys_drifts_total", stream="item_mix") == 1
+    assert value(registry, "recsys_drifts_total", stream="item_loss") == 0
+    assert sum(len(family.samples) for family in registry.collect()) == before
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

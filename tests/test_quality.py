@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from trainer.quality import MISS, NAMES, NO_EVENT, Mean, Quality, gains
+from trainer.quality import MISS, NAMES, NO_EVENT, SLICE_NAMES, Mean, Quality, gains
 
 RECENT = 5
 batches_of_ranks = st.lists(st.lists(st.integers(-1, 25), max_size=6), max_size=8)
@@ -79,6 +79,83 @@ def test_losses_are_means_of_what_is_there_at_every_prefix(batches: list[list[tu
                 there = [row[c] for row in window if not math.isnan(row[c])]
                 if there:
                     assert found[name] == pytest.approx(math.fsum(there) / len(there), abs=1e-9)
+
+
+slice_batches = st.lists(
+    st.lists(st.tuples(st.integers(-1, 25), st.booleans(), st.booleans()), max_size=6), min_size=1, max_size=8
+)
+
+
+def _slices(events: Sequence[tuple[int, bool, bool]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for place, name in ((1, "new_user"), (2, "new_item")):
+        inside = [1.0 if 1 <= event[0] <= 10 else 0.0 for event in events if event[place]]
+        if inside:
+            found[f"{name}_hr_at_10"] = sum(inside) / len(inside)
+        if events:
+            found[f"{name}_share"] = len(inside) / len(events)
+    return found
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(slice_batches)
+def test_slices_equal_a_loop_at_every_prefix(batches: list[list[tuple[int, bool, bool]]]) -> None:
+    quality = Quality(recent=RECENT)
+    events: list[tuple[int, bool, bool]] = []
+    for batch in batches:
+        ranks, users, items = zip(*batch, strict=True) if batch else ((), (), ())
+        quality.add_slices(_array(ranks), np.array(users, bool), np.array(items, bool))
+        events += [event for event in batch if event[0] != NO_EVENT]
+        assert quality.slices() == pytest.approx(_slices(events), abs=1e-12)
+        assert quality.slices(recent=True) == pytest.approx(_slices(events[-RECENT:]), abs=1e-12)
+        assert set(quality.slices()) <= set(SLICE_NAMES)
+
+
+def _auc(pairs: Sequence[tuple[bool, float]]) -> float | None:
+    yes, no = [p for happened, p in pairs if happened], [p for happened, p in pairs if not happened]
+    if not yes or not no:
+        return None
+    return sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in yes for b in no) / (len(yes) * len(no))
+
+
+def _calibration(pairs: Sequence[tuple[bool, float]]) -> float:
+    bins: dict[int, list[float]] = {}
+    for happened, p in pairs:
+        bins.setdefault(min(14, int(p * 15)), []).append(happened - p)
+    return sum(abs(math.fsum(each)) for each in bins.values()) / len(pairs)
+
+
+said = st.sampled_from([0.0, 0.01, 0.125, 0.25, 0.5, 0.875, 1.0, math.nan])
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.booleans(), said), min_size=1, max_size=6), min_size=1, max_size=8))
+def test_probabilities_equal_a_loop_at_every_prefix(batches: list[list[tuple[bool, float]]]) -> None:
+    quality = Quality(recent=RECENT)
+    pairs: list[tuple[bool, float]] = []
+    assert quality.probabilities() == {}
+    for batch in batches:
+        happened, p = zip(*batch, strict=True)
+        quality.add_probabilities(np.array(happened), np.array(p, np.float32))
+        pairs = [*pairs, *(each for each in batch if not math.isnan(each[1]))][-RECENT:]
+        # What the network says comes in single precision.
+        exact = [(each, float(np.float32(p))) for each, p in pairs]
+        expected = {"auc": _auc(exact), "calibration_error": _calibration(exact) if exact else None}
+        assert quality.probabilities() == pytest.approx({k: v for k, v in expected.items() if v is not None}, abs=1e-9)
+
+
+def test_the_summary_joins_what_is_known() -> None:
+    quality = Quality(("recsys", "popularity"))
+    quality.add_ranks("recsys", _array([1]))
+    quality.add_ranks("popularity", _array([2]))
+    quality.add_losses(np.array([1.5]), np.array([0.5]))
+    quality.add_slices(_array([1]), np.array([True]), np.array([False]))
+    quality.add_probabilities(np.array([True, False]), np.array([0.75, 0.25]))
+    recent = quality.summary(recent=True)
+    expected = {"hr_at_1": 1.0, "popularity_hr_at_1": 0.0, "new_user_hr_at_10": 1.0, "auc": 1.0, "log_loss": 0.5}
+    assert {name: recent[name] for name in expected} == expected
+    assert "new_item_hr_at_10" not in recent
+    assert "auc" not in quality.summary()
 
 
 def test_before_the_first_event_there_is_nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from calls import (
 from serving import ITEMS, TRANSPORTS, Running, serve
 
 from recsys.histories import Histories
+from recsys.recommendation_id import Place, parse
 from recsys.settings import load
 from recsys.store.embedded import EmbeddedStore
 from recsys.v1 import catalog_pb2, model_pb2, recommender_pb2
@@ -54,8 +54,65 @@ def test_a_new_user_is_served_with_what_is_trending(running: Running) -> None:
         (recommender_pb2.SOURCE_TRENDING, "chosen by many at present")
     }
     assert answer.version == 1
-    assert re.fullmatch("[0-9a-f]{32}", answer.recommendation_id)
+    found = parse(answer.recommendation_id)
+    assert found is not None
+    assert found.version == answer.version
+    assert [found.place(item.item_id) for item in answer.items] == [
+        Place(position, item.source) for position, item in enumerate(answer.items)
+    ]
     assert recommend(running).recommendation_id != answer.recommendation_id
+
+
+def test_feedback_is_counted_by_where_its_item_stood(running: Running) -> None:
+    answer = recommend(running, user_id="new", count=12)
+
+    def count(**labels: str) -> float:
+        return running.value("recsys_recommendation_feedback_total", **labels)
+
+    trending = {"source": "trending", "outcome": "positive"}
+    before = [
+        count(position="1", **trending),
+        count(position="11+", **trending),
+        count(source="trending", outcome="not_positive", position="4-5"),
+        count(source="other", outcome="positive", position="other"),
+        running.value("recsys_recommendation_version_feedback_total", versions_behind="0", outcome="positive"),
+        running.value("recsys_recommendation_version_feedback_total", versions_behind="unknown", outcome="positive"),
+    ]
+    first, fourth, last = (answer.items[position].item_id for position in (0, 3, 11))
+    of = {"recommendation_id": answer.recommendation_id}
+    log(
+        running,
+        click(item_id=first, feedback_id="f", **of),
+        click(item_id=last, **of),
+        click(item_id=fourth, feedback_class="impression", **of),
+        click(item_id="never shown", **of),
+        # Not issued by this software; of no recommendation; refused; and sent once more.
+        click(item_id=first, recommendation_id="0f" * 16),
+        click(item_id=first),
+        click(item_id=first, feedback_class="nonsense", **of),
+    )
+    log(running, click(item_id=first, feedback_id="f", **of))
+    after = [
+        count(position="1", **trending),
+        count(position="11+", **trending),
+        count(source="trending", outcome="not_positive", position="4-5"),
+        count(source="other", outcome="positive", position="other"),
+        running.value("recsys_recommendation_version_feedback_total", versions_behind="0", outcome="positive"),
+        running.value("recsys_recommendation_version_feedback_total", versions_behind="unknown", outcome="positive"),
+    ]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1, 1, 2, 3, 1]
+
+
+def test_requests_are_counted_by_what_is_known_of_the_user(running: Running) -> None:
+    def counts() -> list[float]:
+        return [running.value("recsys_scored_requests_total", history=known) for known in ("known", "empty")]
+
+    before = counts()
+    recommend(running, user_id="somebody")
+    log(running, click(user_id="somebody"))
+    recommend(running, user_id="somebody")
+    recommend(running, user_id="nobody")
+    assert [new - old for new, old in zip(counts(), before, strict=True)] == [1, 2]
 
 
 def test_a_click_changes_the_next_answer_and_is_its_reason(running: Running) -> None:

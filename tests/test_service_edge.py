@@ -180,7 +180,7 @@ def test_calls_are_counted_by_service_method_and_code(running: Running) -> None:
             running.value("grpc_server_handled_total", grpc_code="OK", **labels),
             running.value("grpc_server_handled_total", grpc_code="INVALID_ARGUMENT", **labels),
             running.value("grpc_server_handling_seconds_count", **labels),
-            running.value("recsys_items_recommended_total", source="trending"),
+            sum(running.value("recsys_items_recommended_total", source="trending", position=p) for p in "123"),
             running.value("recsys_recommend_seconds_count"),
         ]
 

@@ -14,14 +14,18 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 import recsys
 from recsys.stages import FRESHNESS_BUCKETS, FRESHNESS_HELP, FRESHNESS_METRIC, TRAINER_STAGES, TrainerStage
+from trainer.drift import LEVELS, MEASURES, MIXES, detected_key, score_key
 
 OTHER = "other"
-SKIPS = ("malformed", "unknown_class", "non_finite")
+SKIPS = ("malformed", "unknown_class", "non_finite", "not_admitted")
 LOSSES = ("total", "item", "class")
 WINDOWS = ("recent", "all")
 METHODS = ("recsys", "popularity")
 
+SLICES = ("new_user", "new_item")
+
 _RANKING_KEY = re.compile(r"(popularity_)?(hr|ndcg|mrr)_at_(\d+)")
+_SLICE_KEY = re.compile(r"(new_user|new_item)_(?:hr_at_(\d+)|share)")
 _USUAL_K = 10
 _DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -70,6 +74,16 @@ class TrainerMetrics:
             "Bound of the feedback log; past it feedback is refused.",
             registry=registry,
         )
+        self._store_memory = Gauge(
+            "recsys_store_memory_bytes",
+            "Memory that the store uses; NaN where it does not say.",
+            registry=registry,
+        )
+        self._store_max_memory = Gauge(
+            "recsys_store_max_memory_bytes",
+            "Bound of the store's memory, 0: none; past it the store refuses writes.",
+            registry=registry,
+        )
         self._loss = Gauge(
             "recsys_learning_loss",
             "Mean loss of the last version's steps, in nats; NaN until measured.",
@@ -108,6 +122,34 @@ class TrainerMetrics:
             ["window"],
             registry=registry,
         )
+        self._probabilities = {
+            key: Gauge(f"recsys_prequential_{name}", f"{help_}; NaN until measured.", ["window"], registry=registry)
+            for key, name, help_ in (
+                (
+                    "auc",
+                    "auc_ratio",
+                    "Probability that positive feedback was given a higher probability of being so than other feedback",
+                ),
+                (
+                    "calibration_error",
+                    "calibration_error_ratio",
+                    "Mean difference between the probability of positive feedback and its share, over 15 bins",
+                ),
+            )
+        }
+        self._slice_hits = Gauge(
+            "recsys_prequential_slice_hit_ratio",
+            "Share of chosen items among the first k, of users without history (new_user) and of items chosen less "
+            "than ten times before (new_item); NaN until measured.",
+            ["window", "k", "slice"],
+            registry=registry,
+        )
+        self._slice_shares = Gauge(
+            "recsys_prequential_slice_ratio",
+            "Share of positive feedback that is of new users or new items; NaN until measured.",
+            ["window", "slice"],
+            registry=registry,
+        )
         self._held = Counter(
             "recsys_versions_held_total",
             "Versions not published because they were worse than the one being served.",
@@ -117,6 +159,16 @@ class TrainerMetrics:
             "recsys_feedback_set_aside_total",
             "Feedback put into quarantine because what was learned from it was held too often.",
             registry=registry,
+        )
+        self._drift_score = Gauge(
+            "recsys_drift_score",
+            "How far a monitored stream is from what was usual, by measure: psi and js (bits) of the last whole block, "
+            "adwin and page_hinkley as shares of what a detection takes; and how far a version moved from the last.",
+            ["stream", "measure"],
+            registry=registry,
+        )
+        self._drifts = Counter(
+            "recsys_drifts", "Versions in whose feedback a monitored stream had changed.", ["stream"], registry=registry
         )
         self._export_zeros()
 
@@ -151,11 +203,17 @@ class TrainerMetrics:
         self._log_bytes.set(bytes_)
         self._log_max_bytes.set(max_bytes)
 
+    def store_memory(self, used: float, bound: float) -> None:
+        """Record the memory that the store uses, and its bound, in bytes; NaN where it does not say."""
+        self._store_memory.set(used)
+        self._store_max_memory.set(bound)
+
     def quality(self, window: str, metrics: Mapping[str, float]) -> None:
         """Record accuracy over one of WINDOWS.
 
         Keys look like "hr_at_10", "ndcg_at_10", "mrr_at_10", each with "popularity_" before it for what popularity
-        alone would have reached, or are "log_loss". Keys of any other form belong to the version, not to the panels.
+        alone would have reached, like "new_user_hr_at_10" and "new_user_share", or are "log_loss", "auc" or
+        "calibration_error". Keys of any other form belong to the version, not to the panels.
         """
         window = window if window in WINDOWS else OTHER
         for key, value in metrics.items():
@@ -163,8 +221,23 @@ class TrainerMetrics:
                 popularity, metric, k = match.groups()
                 method = "popularity" if popularity else "recsys"
                 self._prequential[metric].labels(window, k, method).set(value)
+            elif match := _SLICE_KEY.fullmatch(key):
+                slice_, cutoff = match.groups()
+                gauge = self._slice_hits.labels(window, cutoff, slice_) if cutoff else None
+                (gauge or self._slice_shares.labels(window, slice_)).set(value)
             elif key == "log_loss":
                 self._log_loss.labels(window).set(value)
+            elif key in self._probabilities:
+                self._probabilities[key].labels(window).set(value)
+
+    def drift(self, metrics: Mapping[str, float]) -> None:
+        """Record what a published version's metrics say of the monitored streams."""
+        for stream, measures in MEASURES.items():
+            for measure in measures:
+                if (value := metrics.get(score_key(stream, measure))) is not None:
+                    self._drift_score.labels(stream, measure).set(value)
+            if metrics.get(detected_key(stream)):
+                self._drifts.labels(stream).inc()
 
     def loss(self, name: str, value: float) -> None:
         """Record the last version's mean of one part of the loss; `name` is one of LOSSES."""
@@ -205,8 +278,19 @@ class TrainerMetrics:
             self._freshness.labels(stage)
         for name in LOSSES:
             self._loss.labels(name).set(math.nan)
+        for stream, measures in MEASURES.items():
+            for measure in measures:
+                self._drift_score.labels(stream, measure)
+        for stream in (*MIXES, *LEVELS):
+            self._drifts.labels(stream)
+        for gauge in self._probabilities.values():
+            # What orders all feedback cannot be summed up over it.
+            gauge.labels("recent").set(math.nan)
         for window in WINDOWS:
             self._log_loss.labels(window).set(math.nan)
+            for slice_ in SLICES:
+                self._slice_hits.labels(window, _USUAL_K, slice_).set(math.nan)
+                self._slice_shares.labels(window, slice_).set(math.nan)
             for gauge in self._prequential.values():
                 for method in METHODS:
                     gauge.labels(window, _USUAL_K, method).set(math.nan)

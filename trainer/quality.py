@@ -8,9 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from trainer.probabilities import Flags, Floats, auc, calibration_error
+
 HIT_AT = (1, 5, 10, 20)
 GAIN_AT = 10
 RECENT_EVENTS = 2000
+SLICE_HIT_AT = 10
+# An item that was chosen less often than this is new, a user without any history.
+NEW_ITEM_CHOSEN = 10
 # In place of a rank: an event that cannot be hit (its item was new), and feedback that is no event (not positive).
 MISS = 0
 NO_EVENT = -1
@@ -37,6 +42,10 @@ def gains_at(rank_B: Rows, cutoff: int) -> Array:
 
 LOSSES = ("item_log_loss", "log_loss")
 NAMES = (*(f"hr_at_{k}" for k in HIT_AT), f"ndcg_at_{GAIN_AT}", f"mrr_at_{GAIN_AT}")
+
+
+SLICES = ("new_user", "new_item")
+SLICE_NAMES = tuple(f"{name}_{what}" for name in SLICES for what in (f"hr_at_{SLICE_HIT_AT}", "share"))
 
 
 class Mean:
@@ -78,6 +87,9 @@ class Quality:
         self.events = 0
         self._ranks = {name: Mean(recent) for name in methods}
         self._losses = Mean(recent)
+        self._slices = Mean(recent)
+        # Whether feedback was positive, and the probability that it would be.
+        self._positive: deque[Array] = deque(maxlen=recent)
 
     def add_ranks(self, method: str, rank_B: npt.NDArray[np.int64]) -> None:
         """Add a batch of ranks of one method: 1 the best, MISS, or NO_EVENT to be left out."""
@@ -91,6 +103,20 @@ class Quality:
         """Add a batch of cross-entropies in nats, over items (NaN where there was none) and over classes."""
         self._losses.add(np.stack([item_loss_B, class_loss_B], 1))
 
+    def add_slices(self, rank_B: Rows, new_user_B: Flags, new_item_B: Flags) -> None:
+        """Add a batch of ranks as add_ranks takes them, and whose users and which items were new then."""
+        event_B = rank_B != NO_EVENT
+        if event_B.any():
+            hit_B = gains_at(rank_B[event_B], SLICE_HIT_AT)[:, 0]
+            flags = [flag_B[event_B].astype(np.float64) for flag_B in (new_user_B, new_item_B)]
+            columns = [column for flag_B in flags for column in (np.where(flag_B > 0, hit_B, np.nan), flag_B)]
+            self._slices.add(np.stack(columns, 1))
+
+    def add_probabilities(self, positive_B: Flags, probability_B: Floats) -> None:
+        """Add whether each feedback of a batch was positive, and the probability of that before it was learned."""
+        known_B = np.isfinite(probability_B)
+        self._positive.extend(np.stack([positive_B[known_B], probability_B[known_B]], 1).astype(np.float64))
+
     def metrics(self, method: str, *, recent: bool = False) -> dict[str, float]:
         """Return HR, NDCG and MRR of one method, empty before its first event."""
         if not self.events:
@@ -103,8 +129,29 @@ class Quality:
         values = np.atleast_1d(self._losses.recent() if recent else self._losses.all())
         return {name: float(value) for name, value in zip(LOSSES, values, strict=False) if np.isfinite(value)}
 
+    def slices(self, *, recent: bool = False) -> dict[str, float]:
+        """Return the hit rate among new users and new items, and their share in all; what is unknown is left out."""
+        values = np.atleast_1d(self._slices.recent() if recent else self._slices.all())
+        return {name: float(value) for name, value in zip(SLICE_NAMES, values, strict=False) if np.isfinite(value)}
+
+    def probabilities(self) -> dict[str, float]:
+        """Return `auc` and `calibration_error` of positive feedback over the recent window, as far as there are any."""
+        if not self._positive:
+            return {}
+        positive_B, probability_B = np.array(self._positive).T
+        happened_B = positive_B > 0
+        found = {
+            "auc": auc(happened_B, probability_B),
+            "calibration_error": calibration_error(happened_B, probability_B),
+        }
+        return {name: value for name, value in found.items() if np.isfinite(value)}
+
     def summary(self, *, recent: bool = False) -> dict[str, float]:
-        """Return the metrics of the first method and the losses, and of the others with their name before each."""
+        """Return the metrics of the first method, and of the others with their name before each, losses and slices.
+
+        The recent ones also say how good the probabilities of positive feedback were.
+        """
         first, *others = self._ranks
         beside = {f"{name}_{key}": v for name in others for key, v in self.metrics(name, recent=recent).items()}
-        return self.metrics(first, recent=recent) | self.losses(recent=recent) | beside
+        mine = self.metrics(first, recent=recent) | self.losses(recent=recent) | self.slices(recent=recent)
+        return mine | (self.probabilities() if recent else {}) | beside

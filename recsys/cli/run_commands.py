@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from recsys.cli.output import AsJson, console, facts, print_json
 from recsys.cli.settings_flags import Given
+from recsys.logs import configure
 
 
 def serve(given: Given) -> None:
@@ -26,7 +26,7 @@ def serve(given: Given) -> None:
             return
     from recsys.server import run
 
-    _log_to_stderr()
+    configure(given.settings)
     run(given.settings)
 
 
@@ -34,7 +34,7 @@ def serve_shared(given: Given, descriptors: Annotated[list[int], typer.Argument(
     """Run one of several server processes; for `serve`, which gives it the memory that they share."""
     from recsys.server import run
 
-    _log_to_stderr()
+    configure(given.settings)
     run(given.settings, descriptors)
 
 
@@ -42,7 +42,7 @@ def train(given: Given) -> None:
     """Learn from the feedback in the store at redis_url and publish versions of the weights."""
     from trainer.daemon import run
 
-    _log_to_stderr()
+    configure(given.settings)
     run(given.settings)
 
 
@@ -73,7 +73,3 @@ def up(given: Given, json: AsJson = False) -> None:
             system.wait()
     except KeyboardInterrupt:
         console(stderr=True).print("stopped")
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

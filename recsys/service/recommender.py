@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -16,7 +15,9 @@ from recsys.errors import NotReady, StoreUnavailable, Violation
 from recsys.feedback import Feedback
 from recsys.feedback_log import Appended, FeedbackLog
 from recsys.histories import Histories
+from recsys.logs import Summary, tell
 from recsys.metrics import ServerMetrics
+from recsys.recommendation_id import issue, parse
 from recsys.scorer import Answer, Explanation, Query, ScoredItem, Scorer, explain
 from recsys.service import validation
 from recsys.service.edge import Pending
@@ -74,11 +75,16 @@ class Scoring:
         started = self._clock()
         if started >= self._paused_until:
             try:
-                return self._histories.read(user_ids)
+                found = self._histories.read(user_ids)
+                empty = sum(not history for history in found)
+                self._metrics.scored("empty", empty)
+                self._metrics.scored("known", len(found) - empty)
+                return found
             except StoreUnavailable as error:
                 now = self._clock()
                 self._paused_until = now + PAUSE_PER_FAILURE * (now - started)
                 _log.warning("answering without histories: %s", error)
+        self._metrics.scored("unavailable", len(user_ids))
         for _ in user_ids:
             self._metrics.rejected("histories_unavailable")
         return [[] for _ in user_ids]
@@ -118,6 +124,9 @@ class Recommender:
         self._histories = histories
         self._explaining = explaining
         self._metrics = metrics
+        self._refused = Summary()
+        self._positive = frozenset(each.name for each in settings.classes if each.positive)
+        metrics.watch_queue(lambda: len(scoring))
 
     def Recommend(self, request: recommender_pb2.RecommendRequest, deadline: float) -> Pending:
         """Rank items for one user."""
@@ -136,9 +145,9 @@ class Recommender:
         return Pending(future, lambda answer: self._recommended(answer, started))
 
     def _recommended(self, answer: Answer, started: float) -> recommender_pb2.RecommendResponse:
-        self._metrics.queue_length(len(self._scoring))
+        item_ids, sources = [item.item_id for item in answer.items], [item.source for item in answer.items]
         response = recommender_pb2.RecommendResponse(
-            recommendation_id=uuid.uuid4().hex,
+            recommendation_id=issue(answer.version, item_ids, sources, self._settings.max_id_bytes),
             items=[
                 recommender_pb2.RecommendedItem(
                     item_id=item.item_id,
@@ -150,7 +159,10 @@ class Recommender:
             ],
             version=answer.version,
         )
-        self._metrics.recommended(Counter(item.source for item in answer.items), time.perf_counter() - started)
+        self._metrics.recommended(item_ids, sources, time.perf_counter() - started)
+        if _log.isEnabledFor(logging.DEBUG):
+            named, version = response.recommendation_id, answer.version
+            tell(_log, logging.DEBUG, "recommended", recommendation_id=named, version=version, items=len(item_ids))
         return response
 
     def Score(self, request: recommender_pb2.ScoreRequest, deadline: float) -> Pending:
@@ -161,7 +173,6 @@ class Recommender:
         return Pending(self._score(Question(request.user_id, query), deadline), self._scored)
 
     def _scored(self, answer: Answer) -> recommender_pb2.ScoreResponse:
-        self._metrics.queue_length(len(self._scoring))
         return recommender_pb2.ScoreResponse(
             items=[_scored_item(item) for item in answer.items],
             version=answer.version,
@@ -208,16 +219,26 @@ class Recommender:
         self._scoring.admit(deadline)
 
     def _score(self, question: Question, deadline: float) -> Future[Answer]:
-        future = self._scoring.submit(question, deadline)
-        self._metrics.queue_length(len(self._scoring))
-        return future
+        return self._scoring.submit(question, deadline)
 
     def _count_feedback(self, checked: list[Feedback | Violation], appended: list[Appended]) -> None:
         duplicates = sum(each.duplicate for each in appended)
         self._metrics.feedback_accepted(len(appended) - duplicates)
         self._metrics.feedback_duplicate(duplicates)
-        for name, count in Counter(each.field for each in checked if isinstance(each, Violation)).items():
+        refused = Counter(each.field for each in checked if isinstance(each, Violation))
+        for name, count in refused.items():
             self._metrics.feedback_refused(name, count)
+        if refused and (counts := self._refused.add(refused)):
+            tell(_log, logging.WARNING, "feedback refused, by field", **counts)
+        served = self._scorer.version
+        accepted = (each for each in checked if isinstance(each, Feedback))
+        for feedback, outcome in zip(accepted, appended, strict=True):
+            if feedback.recommendation_id and not outcome.duplicate:
+                found, positive = parse(feedback.recommendation_id), feedback.feedback_class in self._positive
+                self._metrics.recommendation_feedback(found, feedback.item_id, served, positive=positive)
+                if _log.isEnabledFor(logging.DEBUG):
+                    named, version = feedback.recommendation_id, found.version if found else None
+                    tell(_log, logging.DEBUG, "feedback on a recommendation", recommendation_id=named, version=version)
 
 
 def _reason(item: ScoredItem, mirror: CatalogMirror) -> str:

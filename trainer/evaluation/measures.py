@@ -9,18 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from trainer.probabilities import Flags, auc, calibration_error
+from trainer.probabilities import Floats as Floats
 from trainer.quality import Rows, gains_at
 
 CUTOFFS = (1, 5, 10, 20)
-# Bins of equal width for the calibration error.
-BINS = 15
 # A probability counts as at least this, so that one certain mistake does not outweigh a stream.
 LEAST_PROBABILITY = 1e-7
-
-Floats = npt.NDArray[np.floating[Any]]
-Flags = npt.NDArray[np.bool_]
 
 
 def accuracy(rank_B: Rows, cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, float]:
@@ -50,33 +46,10 @@ def tenths(count: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(edges)]
 
 
-def auc(happened_B: Flags, score_B: Floats) -> float:
-    """Return the probability that what happened scores higher than what did not, ties half; NaN without both."""
-    positives = int(happened_B.sum())
-    negatives = len(happened_B) - positives
-    if not positives or not negatives:
-        return float("nan")
-    _, inverse, counts = np.unique(score_B, return_inverse=True, return_counts=True)
-    # The mean of the ranks, from 1, that equal scores share.
-    rank = np.cumsum(counts) - (counts - 1) / 2
-    above = rank[inverse][happened_B].sum() - positives * (positives + 1) / 2
-    return float(above / (positives * negatives))
-
-
 def log_loss(happened_B: Flags, probability_B: Floats) -> float:
     """Return the mean cross-entropy in nats of probabilities of yes or no."""
     p_B = np.clip(probability_B.astype(np.float64), LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     return float(-np.where(happened_B, np.log(p_B), np.log1p(-p_B)).mean())
-
-
-def calibration_error(happened_B: Flags, probability_B: Floats) -> float:
-    """Return the expected calibration error over BINS bins of equal width (Naeini et al. 2015).
-
-    That is the mean of |share that happened - mean probability| of each bin, weighted by what is in it.
-    """
-    bin_B = np.minimum((probability_B.astype(np.float64) * BINS).astype(np.int64), BINS - 1)
-    difference = np.bincount(bin_B, happened_B - probability_B.astype(np.float64), BINS)
-    return float(np.abs(difference).sum() / len(happened_B))
 
 
 def clicks(happened_B: Flags, probability_B: Floats) -> dict[str, float | None]:
