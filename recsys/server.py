@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
-import threading
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from threadpoolctl import threadpool_limits
 
+import recsys
 from recsys.batcher import Batcher
 from recsys.catalog import Catalog, CatalogMirror
 from recsys.device import choose
@@ -26,7 +27,9 @@ from recsys.feedback_log import Appended, FeedbackLog
 from recsys.follower import Follower
 from recsys.forgetting import Forgetting
 from recsys.histories import Histories
+from recsys.logs import tell
 from recsys.metrics import ServerMetrics
+from recsys.page import Application, HttpServer, InProcess, Overview
 from recsys.quarantine import Quarantine
 from recsys.scorer import Answer, Scorer
 from recsys.service.auth import Guard
@@ -39,6 +42,7 @@ from recsys.service.transport import open_transport
 from recsys.settings import Settings, bracketed, is_loopback
 from recsys.store.connection import connect
 from recsys.store.durability import check_durability
+from recsys.store.inspection import inspect
 from recsys.v1 import catalog_pb2, model_pb2, recommender_pb2
 from recsys.weights import WeightStore
 from recsys.weights.shared import SharedWeights
@@ -55,6 +59,8 @@ SCORE_BATCH_SECONDS = 0.025
 # How long a thread may keep the interpreter from others that want it. With the default of 5 ms the event loop, which
 # asks for it many times a call, waits that long each time while scoring is busy in Python.
 SWITCH_SECONDS = 0.0005
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +101,13 @@ class Server:
         guard = Guard(settings.tokens_file)
         self._client = connect(settings)
         await asyncio.to_thread(check_durability, self._client, settings)
-        self._metrics_server, self._metrics_thread = _serve_metrics(settings, self._parts.registry)
-        self.metrics_port = self._metrics_server.server_port
         edge = Edge(self._methods(), self._parts.metrics, guard, max_answer_bytes=settings.max_message_bytes)
+        scorer, registry = self._parts.scorer, self._parts.registry
+        overview = Overview(settings, registry.collect, lambda: scorer.problem)
+        self._page = Application(settings, registry, overview, InProcess(edge), guard)
         try:
+            self._http = HttpServer(settings.host, settings.metrics_port, self._page)
+            self.metrics_port = self._http.port
             self._transport = open_transport(
                 settings, edge, self._scoring, self._add_services, share_port=self._share_port
             )
@@ -155,7 +164,10 @@ class Server:
         catalog = CatalogItems(settings, Catalog(self._client, settings), self._calls)
         weights, quarantine = WeightStore(self._client, settings), Quarantine(self._client, settings)
         forgetting = Forgetting(self._client, settings)
-        model = Model(settings, scorer, log, weights, quarantine, forgetting, self._calls, self._forgetting)
+        model = Model(
+            *(settings, scorer, log, weights, quarantine, partial(inspect, self._client)),
+            *(forgetting, self._calls, self._forgetting),
+        )
         servicers = {
             "RecommenderService": (recommender_pb2, recommender),
             "CatalogService": (catalog_pb2, catalog),
@@ -185,12 +197,9 @@ class Server:
             part.close()
         self._parts.follower.stop()
         self._client.close()
-        self._close_metrics()
-
-    def _close_metrics(self) -> None:
-        self._metrics_server.shutdown()
-        self._metrics_server.server_close()
-        self._metrics_thread.join()
+        if self.metrics_port:
+            self._http.close()
+        self._page.close()
 
 
 def run(settings: Settings, shared: Sequence[int] = ()) -> None:
@@ -218,6 +227,7 @@ def assemble(settings: Settings, shared: SharedWeights | None = None) -> Parts:
     device = choose("cpu" if shared else settings.device)
     scorer = Scorer(settings, mirror, device, shared)
     metrics = ServerMetrics(registry)
+    metrics.lists.popularity = scorer.popularity
     return Parts(scorer, Follower(settings, scorer, mirror, metrics), mirror, registry, metrics)
 
 
@@ -233,10 +243,13 @@ async def serve_until_signal(settings: Settings, parts: Parts, *, share_port: bo
         await _first(server.serving(), stopping.wait())
         if not stopping.is_set():
             host = bracketed(settings.host)
+            tell(_log, logging.INFO, "serving", software=recsys.__version__, version=parts.scorer.version)
             print(f"serving on {host}:{server.port}, metrics on {host}:{server.metrics_port}/metrics", flush=True)
             await stopping.wait()
     finally:
+        tell(_log, logging.INFO, "stopping", version=parts.scorer.version)
         await server.stop()
+        tell(_log, logging.INFO, "stopped")
 
 
 async def _first(*waits: Awaitable[Any]) -> None:
@@ -247,14 +260,6 @@ async def _first(*waits: Awaitable[Any]) -> None:
         task.cancel()
     for task in done:
         task.result()
-
-
-def _serve_metrics(settings: Settings, registry: CollectorRegistry) -> tuple[WSGIServer, threading.Thread]:
-    try:
-        return start_http_server(settings.metrics_port, settings.host, registry)
-    except OSError as error:
-        address = f"{bracketed(settings.host)}:{settings.metrics_port}"
-        raise AddressInUse(f"cannot serve metrics on {address} (host, metrics_port): {error.strerror}") from error
 
 
 def check_exposure(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from learning import append, head, learn_all, make_feedback, small, tick
@@ -128,6 +129,18 @@ def test_all_of_them_answer_and_are_counted(servers: Servers, base: Settings) ->
     answers = servers.values("recsys_recommend_seconds_count")
     assert sum(answers.values()) == 24
     assert min(answers.values()) > 0, "the system gave all connections to one process"
+    site = f"http://{servers.metrics}".removesuffix("/metrics")
+    question = Request(f"{site}/api/recommendations", b'{"user_id": "user-1"}', {"Content-Type": "application/json"})
+    with urlopen(question, timeout=SECONDS) as answer:
+        assert json.load(answer)["version"] == head(base)[0]
+    deadline = time.monotonic() + SECONDS
+    while True:
+        with urlopen(f"{site}/api/overview", timeout=SECONDS) as answer:
+            seen = json.load(answer)
+        if not seen["loading"]:
+            break
+        assert time.monotonic() < deadline
+    assert seen["serving"]["version"] == seen["learning"]["newest_version"] == head(base)[0]
 
 
 def test_they_stop_together(servers: Servers) -> None:

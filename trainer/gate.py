@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from recsys.settings import Settings
 from recsys.weights.replica import SERVED_COLUMNS, Replica
+from trainer.drift import ITEM_VECTORS, NETWORK
 from trainer.examples import Examples, ReplayWindow
 from trainer.learner import Learner
 from trainer.prequential import Prequential, StepReport
@@ -73,6 +75,7 @@ class Gate:
         own, served = self._learner.replica, self._served
         if rows is None:
             served.table.clear()
+            served.table.extend(own.table.item_ids[1:])
             rows = torch.arange(own.table.rows, device=own.device)
         self._allocate()
         served.table.write(rows, {name: own.table.columns[name][rows] for name in SERVED_COLUMNS}, ())
@@ -83,8 +86,13 @@ class Gate:
 
     def _allocate(self) -> None:
         """Give the served copy the rows that the learner has, so that both read the same examples."""
-        known, ids = self._served.table.rows, self._learner.table.item_ids
-        self._served.table.allocate(ids[known:])
+        named, table = self._learner.named(), self._served.table
+        if changed := table.assign(named.rows.tolist(), named.ids):
+            table.begin(changed)
+
+    def free(self, rows_R: np.ndarray) -> None:
+        """Take rows from their items, as the learner has."""
+        self._served.table.remove(rows_R)
 
     def observe(self, examples: Examples, report: StepReport) -> None:
         """Compare on a batch that neither version has learned; `report` is what the learner's own test found."""
@@ -128,12 +136,35 @@ class Gate:
             return None
         random = np.random.Generator(np.random.Philox(key=settings.seed, counter=[0, self._learner.steps, 2, 0]))
         examples = window.draw(settings.gate_events * settings.batches_per_version, random)
+        # A version of one batch was observed by neither: its new items may be drawn already.
+        self._allocate()
         own = Prequential(settings, self._learner.network, self._learner.table)
         candidate, _ = self._test(own, examples, self._learner.replica)
         served, _ = self._test(self._prequential, examples, self._served)
         comparison = Comparison()
         comparison.add(candidate.item_loss_B, served.item_loss_B)
         return comparison
+
+    @torch.no_grad()
+    def movement(self, rows: Tensor) -> dict[str, float]:
+        """Return how far the version in the making is from the one being served, by what moved.
+
+        Mean cosine distance of the vectors of `rows`; norm of the change of the network, as a share of its norm.
+        """
+        # A row that an item has left has no direction.
+        rows = rows[self._learner.table.columns["vector"][rows].any(1)]
+        own, served = (replica.table.columns["vector"][rows] for replica in (self._learner.replica, self._served))
+        # An item that came or went has no vector to have moved from or to.
+        both = own.any(1) & served.any(1)
+        # Synchronises with the GPU: what was found leaves for the metrics.
+        distance = (
+            1.0 - float(functional.cosine_similarity(own[both], served[both]).mean()) if bool(both.any()) else 0.0
+        )
+        before = dict(self._served.network.named_parameters())
+        pairs = [(p, before[name]) for name, p in self._learner.network.named_parameters()]
+        change = math.hypot(*(_norm(own - served) for own, served in pairs))
+        norm = math.hypot(*(_norm(served) for _, served in pairs))
+        return {ITEM_VECTORS: distance, NETWORK: change / max(norm, 1e-12)}
 
     def _unusual(self) -> str | None:
         """Say which part of the weights is not finite, or has grown beyond what one version may."""

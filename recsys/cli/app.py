@@ -10,15 +10,17 @@ import typer
 
 from recsys import __version__
 from recsys.cli.admin_commands import pause, rebuild, resume, rollback, verify
-from recsys.cli.client_commands import feedback, recommend, status, versions
+from recsys.cli.client_commands import feedback, recommend, versions
 from recsys.cli.config_command import config
 from recsys.cli.demo import demo
+from recsys.cli.doctor import doctor
 from recsys.cli.evaluate_command import evaluate
 from recsys.cli.fit_command import fit
 from recsys.cli.import_command import import_
 from recsys.cli.quarantine_commands import quarantine
 from recsys.cli.run_commands import serve, serve_shared, store, train, up
 from recsys.cli.settings_flags import ConfigFile, takes_settings
+from recsys.cli.status_command import status
 from recsys.cli.user_commands import forget, why
 from recsys.errors import RecsysError, SettingsError
 
@@ -66,6 +68,7 @@ _PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "pause": pause,
         "resume": resume,
     },
+    "Find out what is wrong": {"doctor": takes_settings(doctor)},
     "Look into the store": {"verify": takes_settings(verify), "rebuild": takes_settings(rebuild)},
     "Learn from a file": {"evaluate": takes_settings(evaluate), "fit": takes_settings(fit)},
 }

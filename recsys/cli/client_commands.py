@@ -1,4 +1,4 @@
-"""recommend, feedback, status and versions: what any client of a server does, from the command line."""
+"""recommend, feedback and versions: what any client of a server does, from the command line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from recsys.cli.output import AsJson, console, facts, plain, print_json
+from recsys.condition import verdict
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
@@ -91,42 +92,6 @@ def feedback(
         print_json({"accepted": True, "duplicate": result.duplicate})
     else:
         print("accepted")
-
-
-def status(ctx: typer.Context, server: Server = None, json: AsJson = False) -> None:
-    """Tell what a server serves and how fresh it is; exit code 0 only when it is SERVING."""
-    with connected(ctx, server) as client:
-        found = client.status(timeout=TIMEOUT_SECONDS)
-        # Health alone knows of a server that is still loading, or already stopping.
-        serving = client.serving(timeout=TIMEOUT_SECONDS)
-    facts_of = {
-        "serving": serving,
-        "version": found.version,
-        "committed_time": _time(found.committed_time) if found.version else None,
-        "applied_time": _time(found.applied_time) if found.version else None,
-        "items": found.items,
-        "feedback_learned": found.feedback_learned,
-        "backlog": found.backlog,
-        "log_records": found.log_records,
-        "log_bytes": found.log_bytes,
-        "log_max_bytes": found.log_max_bytes,
-        "learning_paused": found.learning_paused,
-        "retained_versions_from": found.retained_versions_from,
-        "retained_bytes": found.retained_bytes,
-        "delta_bytes": found.delta_bytes,
-        "snapshot_bytes": found.snapshot_bytes,
-        "weights_max_bytes": found.weights_max_bytes,
-        "weights_problem": found.weights_problem,
-        "snapshots": found.snapshots,
-        "store_reachable": found.store_reachable,
-        "software_version": found.software_version,
-        "feedback_classes": list(found.feedback_classes),
-    }
-    if json:
-        print_json(facts_of)
-    else:
-        console().print(facts(facts_of | {"feedback_classes": ", ".join(found.feedback_classes)}))
-    raise typer.Exit(0 if serving else 1)
 
 
 versions = typer.Typer(invoke_without_command=True)
@@ -210,7 +175,8 @@ def version_facts(version: Version) -> dict[str, Any]:
         "kind": version.kind,
         "restored_version": version.restored_version,
         "reason": version.reason,
-        "committed_time": _time(version.committed_time),
+        "verdict": verdict(version.kind, version.reason, version.version, version.restored_version),
+        "committed_time": time_text(version.committed_time),
         "feedback_learned": version.feedback_learned,
         "feedback_added": version.feedback_added,
         "position": version.position,
@@ -266,5 +232,5 @@ def target_of(ctx: typer.Context, server: str | None) -> str:
     return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
 
 
-def _time(time: Timestamp) -> str:
+def time_text(time: Timestamp) -> str:
     return time.ToJsonString()

@@ -14,7 +14,9 @@ from types import TracebackType
 
 from recsys.cli.system import STOP_SECONDS, Part, PartStopped
 from recsys.errors import AddressInUse
-from recsys.merged_metrics import MergedMetricsServer
+from recsys.merged_metrics import MergedMetrics
+from recsys.page import Application, Forwarded, HttpServer, Overview
+from recsys.service.auth import Guard
 from recsys.settings import Settings, bracketed
 from recsys.weights.shared import create
 
@@ -40,9 +42,13 @@ class ServerProcesses:
         self._port = _reserve(wanted.host, wanted.port)
         port = self._port.getsockname()[1]
         self._settings = wanted.model_copy(update={"port": port, "metrics_port": 0})
-        self._merged = MergedMetricsServer(wanted.host, wanted.metrics_port, lambda: dict(self._metrics))
+        merged = MergedMetrics(lambda: dict(self._metrics))
+        overview = Overview(wanted, merged.collect)
+        questions = Forwarded(lambda: dict(self._metrics))
+        self._page = Application(wanted, merged, overview, questions, Guard(wanted.tokens_file))
+        self._http = HttpServer(wanted.host, wanted.metrics_port, self._page)
         host = bracketed(wanted.host)
-        self.address, self.metrics_address = f"{host}:{port}", f"{host}:{self._merged.port}"
+        self.address, self.metrics_address = f"{host}:{port}", f"{host}:{self._http.port}"
         try:
             for number in range(wanted.server_processes):
                 self._parts.append(self._run(number))
@@ -101,7 +107,8 @@ class ServerProcesses:
                 os.kill(part.pid, signal.SIGTERM)
         while self._parts:
             self._parts.pop().stop(self._wanted.drain_seconds + STOP_SECONDS)
-        self._merged.close()
+        self._http.close()
+        self._page.close()
         self._port.close()
         for descriptor in self._descriptors:
             os.close(descriptor)

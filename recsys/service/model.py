@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import recsys
 from recsys.errors import NotRetained, StoreUnavailable
 from recsys.feedback_log import BEGINNING, FeedbackLog
 from recsys.forgetting import Forgetting, Forgotten
+from recsys.logs import tell
 from recsys.quarantine import Quarantine
 from recsys.scorer import Scorer
 from recsys.service import validation
 from recsys.service.edge import Pending
 from recsys.service.store_calls import StoreCalls
 from recsys.settings import Settings
+from recsys.store.inspection import Inspection
 from recsys.v1 import model_pb2
 from recsys.weights import VersionRecord, WeightStore
 from recsys.weights.earlier import describe_retained, roll_back
@@ -34,6 +37,11 @@ class StoreFacts:
     delta_bytes: int = -1
     snapshot_bytes: int = -1
     snapshots: int = -1
+    set_aside: int = -1
+    newest_version: int = -1
+    newest_committed_ms: int = 0
+    used_memory: int = -1
+    max_memory: int = -1
     paused: bool = False
     reachable: bool = False
 
@@ -48,6 +56,7 @@ class Model:
         log: FeedbackLog,
         weights: WeightStore,
         quarantine: Quarantine,
+        inspect: Callable[[], Inspection],
         forgetting: Forgetting,
         calls: StoreCalls,
         forgetting_calls: StoreCalls,
@@ -57,6 +66,7 @@ class Model:
         self._log = log
         self._weights = weights
         self._quarantine = quarantine
+        self._inspect = inspect
         self._forgetting = forgetting
         self._calls = calls
         # Apart from the others, which would wait while the whole log is gone through.
@@ -87,7 +97,14 @@ class Model:
             weights_max_bytes=self._settings.weights_max_bytes,
             weights_problem=self._scorer.problem,
             snapshots=facts.snapshots,
+            durability=self._settings.durability,
+            set_aside_feedback=facts.set_aside,
+            newest_version=facts.newest_version,
+            store_memory_bytes=facts.used_memory,
+            store_max_memory_bytes=facts.max_memory,
         )
+        if facts.newest_version > 0:
+            response.newest_committed_time.FromMilliseconds(facts.newest_committed_ms)
         if status.version:
             response.committed_time.FromMilliseconds(status.committed_ms)
             response.applied_time.FromMilliseconds(status.applied_ms)
@@ -148,7 +165,8 @@ class Model:
     def _roll_back(self, request: model_pb2.RollbackRequest) -> VersionRecord:
         now_ms = time.time_ns() // 1_000_000
         record = roll_back(self._weights, self._quarantine, request.version, request.reason, now_ms)
-        _log.warning("version %d has the content of version %d: %r", record.version, request.version, request.reason)
+        now, of = record.version, request.version
+        tell(_log, logging.WARNING, "rolled back", version=now, restored_version=of, reason=request.reason)
         return record
 
     def _pause(self, pause: bool) -> None:
@@ -177,14 +195,31 @@ class Model:
             appended = self._log.appended()
             usage = self._log.usage()
             snapshots = self._weights.snapshot_versions()
-            sizes, paused = self._weights.sizes(), self._weights.paused()
+            (delta_bytes, snapshot_bytes), paused = self._weights.sizes(), self._weights.paused()
+            set_aside = sum(case.feedback for case in self._quarantine.cases())
+            inspection = self._inspect()
         except StoreUnavailable:
             return StoreFacts()
         learned = head.feedback_learned if head else 0
         # A store restored from an older copy may hold weights that know more than its log.
         backlog = max(0, appended - learned)
         oldest = min(snapshots, default=1) if head else 0
-        return StoreFacts(backlog, usage.records, usage.bytes, oldest, *sizes, len(snapshots), paused, reachable=True)
+        return StoreFacts(
+            backlog=backlog,
+            log_records=usage.records,
+            log_bytes=usage.bytes,
+            retained_from=oldest,
+            delta_bytes=delta_bytes,
+            snapshot_bytes=snapshot_bytes,
+            snapshots=len(snapshots),
+            set_aside=set_aside,
+            newest_version=head.version if head else 0,
+            newest_committed_ms=head.committed_ms if head else 0,
+            used_memory=inspection.used_memory,
+            max_memory=inspection.max_memory,
+            paused=paused,
+            reachable=True,
+        )
 
 
 def _forgotten(forgotten: Forgotten) -> model_pb2.ForgetUserResponse:
@@ -211,4 +246,6 @@ def _version(record: VersionRecord, snapshot: bool) -> model_pb2.Version:
         set_aside=[model_pb2.LogRange(after=part.after, until=part.until) for part in record.set_aside],
     )
     version.committed_time.FromMilliseconds(record.committed_ms)
+    if record.accepted_ms:
+        version.oldest_accepted_time.FromMilliseconds(min(record.accepted_ms))
     return version

@@ -14,7 +14,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes", "learning_paused", "retained_versions_from", "retained_bytes", "snapshots", "delta_bytes", "snapshot_bytes", "weights_max_bytes", "weights_problem")
+    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes", "learning_paused", "retained_versions_from", "retained_bytes", "snapshots", "delta_bytes", "snapshot_bytes", "weights_max_bytes", "weights_problem", "durability", "set_aside_feedback", "newest_version", "newest_committed_time", "store_memory_bytes", "store_max_memory_bytes")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TIME_FIELD_NUMBER: _ClassVar[int]
     APPLIED_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,12 @@ class GetStatusResponse(_message.Message):
     SNAPSHOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    SET_ASIDE_FEEDBACK_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_COMMITTED_TIME_FIELD_NUMBER: _ClassVar[int]
+    STORE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_MAX_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     version: int
     committed_time: _timestamp_pb2.Timestamp
     applied_time: _timestamp_pb2.Timestamp
@@ -55,7 +61,13 @@ class GetStatusResponse(_message.Message):
     snapshot_bytes: int
     weights_max_bytes: int
     weights_problem: str
-    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ..., learning_paused: _Optional[bool] = ..., retained_versions_from: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ..., delta_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., weights_max_bytes: _Optional[int] = ..., weights_problem: _Optional[str] = ...) -> None: ...
+    durability: str
+    set_aside_feedback: int
+    newest_version: int
+    newest_committed_time: _timestamp_pb2.Timestamp
+    store_memory_bytes: int
+    store_max_memory_bytes: int
+    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ..., learning_paused: _Optional[bool] = ..., retained_versions_from: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ..., delta_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., weights_max_bytes: _Optional[int] = ..., weights_problem: _Optional[str] = ..., durability: _Optional[str] = ..., set_aside_feedback: _Optional[int] = ..., newest_version: _Optional[int] = ..., newest_committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., store_memory_bytes: _Optional[int] = ..., store_max_memory_bytes: _Optional[int] = ...) -> None: ...
 
 class ListVersionsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
@@ -66,7 +78,7 @@ class ListVersionsRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("version", "committed_time", "feedback_learned", "feedback_added", "bytes", "epoch", "position", "chain", "metrics", "snapshot", "kind", "restored_version", "reason", "parent", "trainer_bytes", "settings_digest", "set_aside")
+    __slots__ = ("version", "committed_time", "feedback_learned", "feedback_added", "bytes", "epoch", "position", "chain", "metrics", "snapshot", "kind", "restored_version", "reason", "parent", "trainer_bytes", "settings_digest", "set_aside", "oldest_accepted_time")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +103,7 @@ class Version(_message.Message):
     TRAINER_BYTES_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SET_ASIDE_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_ACCEPTED_TIME_FIELD_NUMBER: _ClassVar[int]
     version: int
     committed_time: _timestamp_pb2.Timestamp
     feedback_learned: int
@@ -108,7 +121,8 @@ class Version(_message.Message):
     trainer_bytes: int
     settings_digest: str
     set_aside: _containers.RepeatedCompositeFieldContainer[LogRange]
-    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., bytes: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., chain: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., snapshot: _Optional[bool] = ..., kind: _Optional[str] = ..., restored_version: _Optional[int] = ..., reason: _Optional[str] = ..., parent: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., settings_digest: _Optional[str] = ..., set_aside: _Optional[_Iterable[_Union[LogRange, _Mapping]]] = ...) -> None: ...
+    oldest_accepted_time: _timestamp_pb2.Timestamp
+    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., feedback_learned: _Optional[int] = ..., feedback_added: _Optional[int] = ..., bytes: _Optional[int] = ..., epoch: _Optional[int] = ..., position: _Optional[str] = ..., chain: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., snapshot: _Optional[bool] = ..., kind: _Optional[str] = ..., restored_version: _Optional[int] = ..., reason: _Optional[str] = ..., parent: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., settings_digest: _Optional[str] = ..., set_aside: _Optional[_Iterable[_Union[LogRange, _Mapping]]] = ..., oldest_accepted_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class LogRange(_message.Message):
     __slots__ = ("after", "until")
