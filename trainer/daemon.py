@@ -15,12 +15,15 @@ import torch
 from prometheus_client import CollectorRegistry, start_http_server
 from torch import Tensor
 
+import recsys
 from recsys.device import choose
 from recsys.errors import AddressInUse, OtherVersionCameFirst, StoreFull, StoreUnavailable
 from recsys.feedback_log import FeedbackLog, LogEntry, position_key
+from recsys.logs import Summary, tell
 from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
+from recsys.store.inspection import memory
 from recsys.weights import VersionRecord, WeightStore
 from recsys.weights.earlier import ROLLBACK
 from trainer.learner import Learner
@@ -62,11 +65,17 @@ class Daemon:
         self.stopping = threading.Event()
         self._publisher = Publisher(settings, self.store, self.log, metrics, self.stopping, clock)
         self._looked = float("-inf")
+        self._committed = Summary()
 
     @property
     def learner(self) -> Learner:
         """Return the learner."""
         return self._learning.learner
+
+    @property
+    def version(self) -> int:
+        """Return the last version that was committed, as far as this trainer knows."""
+        return self._learning.head.version
 
     def start(self) -> VersionRecord:
         """Take over: fence off any other trainer, then restore the last version, or publish the first one."""
@@ -147,7 +156,8 @@ class Daemon:
             self._set_aside()
         elif outcome is Outcome.HELD:
             self._metrics.held(1)
-            _log.warning("version held: it %s", self._learning.objections[-1])
+            follows, why = self._learning.head.version, self._learning.objections[-1]
+            tell(_log, logging.WARNING, "version held", follows=follows, because=f"it {why}")
         if self._learning.empty:
             self._waiting_since, self._tick_sent = None, False
         elif self._waiting_since is None:
@@ -162,19 +172,25 @@ class Daemon:
         head = self._publisher.publish(self.learner, changed, learning.lineage(learned_ms))
         self._ahead = False
         count = len(learning.accepted_ms)
+        if committed := self._committed.add({"versions": 1, "feedback": count, "bytes": head.bytes}):
+            tell(_log, logging.INFO, "version committed", version=head.version, **committed)
         metrics.learned(count, learning.batches, self._learn_seconds)
         read_ms, left = self._read_ms[:count], self._read_ms[count:]
         metrics.freshness("read_to_learned", [(learned_ms - each) / 1000 for each in read_ms])
         metrics.freshness("learned_to_committed", [(now_ms() - learned_ms) / 1000] * count)
         for window in ("recent", "all"):
             metrics.quality(window, learning.quality.summary(recent=window == "recent"))
+        metrics.drift(head.metrics)
+        if learning.drifted:
+            _log.warning("version %d: drift in %s", head.version, ", ".join(sorted(learning.drifted)))
         self._begin(head, changed)
         self._read_ms = left
 
     def _set_aside(self) -> None:
         """Go back to the last version and on behind the feedback that spoiled what came after it."""
         lineage, after = self._learning.spoiled_lineage(now_ms()), self._learning.head.position
-        _log.error("feedback from %s to %s is set aside: %s", after, lineage.position, lineage.reason)
+        span = {"after": after, "until": lineage.position}
+        tell(_log, logging.ERROR, "feedback set aside", **span, feedback=self._learning.consumed, reason=lineage.reason)
         self._metrics.held(1)
         self._metrics.set_aside(self._learning.consumed)
         self._resume()
@@ -201,25 +217,30 @@ class Daemon:
             self._tick_sent = True
 
     def _look(self) -> None:
-        """Look up the sizes of log and backlog for the metrics, now and then."""
+        """Look up the sizes of log, store and backlog for the metrics, now and then."""
         if self._clock() - self._looked >= LOOK_SECONDS:
             self._looked = self._clock()
             usage = self.log.usage()
             self._metrics.log_usage(usage.records, usage.bytes, usage.max_bytes)
+            self._metrics.store_memory(*memory(self._client))
             if usage.bytes > NEARLY_FULL * usage.max_bytes:
                 self._publisher.make_room()
             self._metrics.backlog(max(0, self.log.appended() - self._learning.head.feedback_learned))
 
     def run(self) -> None:
         """Step until `stopping` is set, through any failure of the store; then publish what is learned already."""
-        pause = RETRY_SECONDS
+        pause, lost = RETRY_SECONDS, False
         while not self.stopping.is_set():
             try:
                 self.step(min(self.settings.publish_seconds, LONGEST_WAIT_SECONDS))
-                pause = RETRY_SECONDS
+                if lost:
+                    tell(_log, logging.INFO, "the store is back", version=self.version)
+                pause, lost = RETRY_SECONDS, False
             except (StoreUnavailable, StoreFull) as error:
                 self._metrics.store_errors(1)
-                _log.warning("waiting for the store: %s", error)
+                if not lost:
+                    tell(_log, logging.WARNING, "the store is lost: waiting for it", error=error)
+                lost = True
                 self.stopping.wait(pause)
                 pause = min(2 * pause, LONGEST_RETRY_SECONDS)
         self.finish()
@@ -262,8 +283,10 @@ def run(settings: Settings) -> None:
         record = _started(daemon)
         if record is not None:
             where = f"{settings.host}:{server.server_port}"
+            tell(_log, logging.INFO, "started", software=recsys.__version__, device=name, version=record.version)
             print(f"learning on {name} from version {record.version}, metrics on {where}/metrics", flush=True)
             daemon.run()
+            tell(_log, logging.INFO, "stopped", version=daemon.version)
     finally:
         daemon.close()
         server.shutdown()

@@ -8,23 +8,29 @@ made again from the log, bit for bit.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum, auto
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from recsys.encoding import row_history
+from recsys.encoding import row_history, to_tensor
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
+from recsys.item_table import PADDING_ROW
 from recsys.settings import Settings
 from recsys.store.v1.log_pb2 import FeedbackRecord
 from recsys.store.v1.weights_pb2 import Range
 from recsys.weights import Lineage, LogRange, VersionRecord
 from recsys.weights.earlier import ROLLBACK
+from trainer.admission import Admission
+from trainer.drift import DETECTED, MEASURES, detected_key, score_key
 from trainer.examples import Event, Examples, encode
 from trainer.gate import Gate, describe
+from trainer.impressions import NONE, impression_key
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
-from trainer.quality import Quality
+from trainer.quality import NEW_ITEM_CHOSEN, Quality
 
 # Feedback read and encoded at once while the replay window is filled.
 FILL_COUNT = 5000
@@ -52,32 +58,40 @@ class LogLearner:
         self._settings, self._metrics = settings, metrics
         self.learner = Learner(settings, device)
         self.quality = Quality()
+        self._follows = settings.provisional_class is not None
+        self._positive_C = np.array([c.positive for c in settings.classes])
         self._gate = Gate(settings, self.learner) if settings.gate else None
+        self._admission = Admission(settings)
         # Positions of the feedback in the replay window.
         self._window: deque[str] = deque(maxlen=settings.replay_capacity)
         self.begin(VersionRecord(position=BEGINNING))
 
     def fill_window(self, log: FeedbackLog, head: VersionRecord) -> None:
         """Fill the replay window as it was at `head` with the feedback before its position."""
-        pages: list[tuple[Examples, list[str]]] = []
+        pages: list[tuple[Examples, list[str], list[str]]] = []
         until, missing = head.position, self._settings.replay_capacity
         # From the newest back, until it is full: what was set aside has no place in it.
         while missing and (page := log.read_before(until, min(missing, FILL_COUNT))):
             until = previous_position(page[0].position)
             found = [
-                (entry.position, event)
+                (entry.position, entry.record)
                 for entry in page
-                if entry.record is not None
-                and self._was_learned(entry, head)
-                and (event := self._event(entry.record)) is not None
+                if entry.record is not None and self._was_learned(entry, head)
             ]
             if found:
                 missing -= len(found)
-                positions = [position for position, _ in found]
-                pages.append((encode([event for _, event in found], self._settings), positions))
-        for examples, positions in reversed(pages):
-            self.learner.window.add(examples)
+                records = [record for _, record in found]
+                if not self._settings.bounded_items:
+                    self._allocate(records)
+                examples = encode([self._event(record) for record in records], self._settings)
+                pages.append((examples, [position for position, _ in found], [record.item_id for record in records]))
+        # The table's clock counts what was learned.
+        clock = self.learner.table.clock - sum(len(examples) for examples, _, _ in pages)
+        for examples, positions, item_ids in reversed(pages):
+            clock += len(examples)
+            self.learner.remember(examples, clock)
             self._window.extend(positions)
+            self._admission.learned(item_ids)
 
     def _was_learned(self, entry: LogEntry, head: VersionRecord) -> bool:
         known = entry.record is not None and entry.record.feedback_class in self._settings.class_index
@@ -91,7 +105,12 @@ class LogLearner:
         self._skipped: list[LogRange] = []
         # Why the version in the making was held so far.
         self.objections: list[str] = []
+        # The streams that drifted in its feedback, and how far it is from the version before.
+        self.drifted: set[str] = set()
+        self._movement: dict[str, float] = {}
         self.read_position = self._position = head.position
+        # Whether nothing was learned since the version before.
+        self._fresh = True
         # Feedback read and not yet learned.
         self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
         self.batches = self.consumed = 0
@@ -140,6 +159,8 @@ class LogLearner:
     def _verdict(self) -> Outcome:
         objection = self._gate.objection() if self._gate is not None else None
         if objection is None:
+            if self._gate is not None:
+                self._movement = self._gate.movement(self.learner.changed())
             return Outcome.COMPLETE
         self.objections.append(objection)
         self.batches = 0
@@ -153,7 +174,7 @@ class LogLearner:
             feedback_learned=self.head.feedback_learned + self.consumed,
             feedback_added=len(self.accepted_ms),
             settings_digest=self._settings.learning_digest(),
-            metrics=self.quality.summary(recent=True),
+            metrics=self.quality.summary(recent=True) | self._drift(),
             accepted_ms=self.accepted_ms,
             committed_ms=committed_ms,
             window_position=oldest,
@@ -164,6 +185,12 @@ class LogLearner:
             ],
             reason=describe(self.objections),
         )
+
+    def _drift(self) -> dict[str, float]:
+        """Return what the monitored streams show, as a version's metrics have it."""
+        moved = {score_key(name, MEASURES[name][0]): value for name, value in self._movement.items()}
+        found = dict.fromkeys(map(detected_key, sorted(self.drifted)), 1.0)
+        return {**self.learner.drift.scores(), **moved, DETECTED: float(bool(found)), **found}
 
     def spoiled_lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that stands in place of what was spoiled: the content of `head`, behind the feedback."""
@@ -183,19 +210,41 @@ class LogLearner:
             reason=describe(self.objections),
         )
 
-    def _event(self, record: FeedbackRecord) -> Event | None:
-        """Turn a record into an example; every item in it gets a row, so that it looks the same ever after."""
-        index = self._settings.class_index.get(record.feedback_class)
-        if index is None:
-            return None
-        self.learner.allocate([*(entry.item_id for entry in record.history), record.item_id])
+    def _allocate(self, records: Sequence[FeedbackRecord]) -> None:
+        """Give rows to the items of records.
+
+        Where each feedback's item gets one, those in its history do too, so that it looks the same ever after.
+        """
+        if self._settings.bounded_items:
+            self.learner.allocate(self._admission.admitted([record.item_id for record in records]))
+        else:
+            for record in records:
+                self.learner.allocate([*(entry.item_id for entry in record.history), record.item_id])
+
+    def _expire(self) -> None:
+        """Free the rows of items that were unused for too long: a version's first deed."""
+        fresh, self._fresh = self._fresh, False
+        if fresh and len(rows := self._admission.expired(self.learner.table)):
+            self.learner.free(rows)
+            if self._gate is not None:
+                self._gate.free(rows)
+
+    def _event(self, record: FeedbackRecord) -> Event:
+        """Turn a record of a known class into an example; items without a row are left out."""
+        index = self._settings.class_index[record.feedback_class]
         table = self.learner.table
         history = row_history(record.history, table, self._settings.class_index)
-        return Event(table.row(record.item_id), index, record.time_ms, history, record.context)
+        key = impression_key(record.recommendation_id, record.user_id, record.item_id) if self._follows else NONE
+        return Event(table.row(record.item_id), index, record.time_ms, history, record.context, key)
 
     def _learn(self) -> None:
-        events = [event for _, record in self._pending if (event := self._event(record)) is not None]
-        examples = encode(events, self._settings)
+        records = [record for _, record in self._pending]
+        self._expire()
+        self._allocate(records)
+        examples = encode([self._event(record) for record in records], self._settings)
+        self._metrics.skipped("not_admitted", int((examples.item_B == PADDING_ROW).sum()))
+        # Before this very feedback is counted. Synchronises with the GPU: what is told apart leaves for the metrics.
+        chosen_B = self.learner.table.columns["total"][to_tensor(examples.item_B, self.learner.device)].cpu().numpy()
         report = self.learner.step(examples)
         if self._gate is not None:
             self._gate.observe(examples, report)
@@ -203,18 +252,23 @@ class LogLearner:
         self.accepted_ms.extend(entry.accepted_ms for entry, _ in self._pending)
         self._pending.clear()
         self.batches += 1
+        self.drifted |= report.drifted
         if report.learned:
             self._window.extend(positions)
+            self._admission.learned(record.item_id for record in records)
             self._metrics.gradient_norm(report.gradient_norm)
             for name, value in report.losses.items():
                 self._metrics.loss(name, value)
         else:
             # What spoils a step is not replayed either.
             self._skipped.append(LogRange(self._position, positions[-1]))
-            self._metrics.skipped("non_finite", len(events))
+            self._metrics.skipped("non_finite", len(records))
         self.quality.add_ranks("recsys", report.rank_B)
         self.quality.add_ranks("popularity", report.popularity_rank_B)
         self.quality.add_losses(report.item_loss_B, report.class_loss_B)
+        self.quality.add_slices(report.rank_B, examples.rows_BL[:, -1] == 0, chosen_B < NEW_ITEM_CHOSEN)
+        probability_B = report.class_probability_BC[:, self._positive_C].sum(1)
+        self.quality.add_probabilities(self._positive_C[examples.class_B], probability_B)
 
 
 def _ranges(head: VersionRecord) -> list[LogRange]:
