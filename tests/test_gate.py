@@ -19,7 +19,7 @@ from recsys.weights import WeightStore, encode
 from trainer.daemon import Daemon
 from trainer.examples import Event
 from trainer.examples import encode as encode_events
-from trainer.gate import LARGEST_LOSS, LEAST_EVENTS, Comparison, Gate
+from trainer.gate import LARGEST_LOSS, LEAST_EVENTS, WINDOW_VERSIONS, Comparison, Gate
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
 from trainer.rebuild import Rebuild
@@ -99,6 +99,16 @@ def test_a_version_that_ranks_new_feedback_worse_is_objected_to(world: Settings)
         examples = encode_events(_walk(world, 100 + number), world)
         gate.observe(examples, learner.step(examples))
     assert "ranks new feedback worse" in str(gate.objection())
+
+
+def test_new_items_of_a_version_of_one_batch_are_found_by_both(world: Settings) -> None:
+    settings = world.model_copy(update={"batches_per_version": 1, "gate_events": 400})
+    learner, gate = _learner(settings, WINDOW_VERSIONS + 4)
+    learner.allocate([f"new-{n}" for n in range(400)])
+    events = [Event(9 + n, 1, 1000, RowHistory((1,), (1,), (0,)), {}) for n in range(400)]
+    examples = encode_events(events, settings)
+    gate.observe(examples, learner.step(examples))
+    assert gate.objection() is None
 
 
 def test_weights_that_are_not_finite_or_grow_at_once_are_objected_to(world: Settings) -> None:
