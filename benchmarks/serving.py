@@ -1,13 +1,16 @@
-"""Serving: how many recommendations a second one server process gives, and how soon, beside two others in one run.
+"""Serving: how many recommendations a second one server process gives, and how soon, beside others in one run.
 
 Made-up weights (100,000 items of length 64), users with 30 to 50 history entries in the store, ten items asked for,
 and a new version of the weights every second. The peers: `noop` answers bytes that it holds, over the same transport,
 and bounds what any server can do; `straightforward` is what one writes in an afternoon: grpcio with threads, one read
-of the history, one forward pass of the same network, one product with all items, torch.topk.
+of the history, one forward pass of the same network, one product with all items, torch.topk. `triton` is the same
+behind NVIDIA's Triton, in batches that it forms, with histories that come with the request; it needs `--triton`, an
+interpreter that has nvidia-pytriton. `--retrieval` compares retrieval alone with FAISS, where faiss-cpu is installed.
 
-Requests a second are those of a closed loop with many calls in flight; times are those of an open loop at half of that
+Requests a second are those of a closed loop with many calls in flight; times are those of an open loop at 70% of that
 rate, from the moment a call was due; `alone_p50_seconds` is one call at a time. The measurements are taken in turn,
-several rounds, and medians are given. Servers, store, publisher and client are processes of their own.
+several rounds, and medians are given. Servers, store, publisher and client are processes of their own; with two cores
+or more the measured server has the last one to itself. `--plot` draws times against load.
 Prints one JSON object.
 """
 
@@ -24,12 +27,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import retrieval
 import torch
+import triton_peer
 from made_up import changed, made_up_learner, made_up_lineage
 from raw_calls import free_ports, measure, processor_seconds
 
@@ -38,6 +45,7 @@ from recsys.encoding import encode_histories, row_history, to_histories
 from recsys.errors import RecsysError
 from recsys.feedback_log import FeedbackLog
 from recsys.histories import Histories
+from recsys.network import Histories as network_histories
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
 from recsys.store.embedded import EmbeddedStore
@@ -50,6 +58,9 @@ USERS = 500
 HISTORY = (30, 50)
 COUNT = 10
 START_SECONDS = 120.0
+# Of the highest rate: where times are given, and where they are drawn.
+LOAD = 0.7
+LOADS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 IN_FLIGHT = 64
 THREADS = 8
 PUBLISH_SECONDS = 1.0
@@ -138,17 +149,25 @@ def serve_noop(answer: bytes, port: int) -> None:
 
 
 @contextmanager
-def part(*arguments: str, wait: bool = False, environment: dict[str, str] | None = None) -> Iterator[int]:
+def part(
+    *arguments: str,
+    wait: bool = False,
+    environment: dict[str, str] | None = None,
+    cores: set[int] | None = None,
+    interpreter: str = sys.executable,
+) -> Iterator[int]:
     """Run a part as a process of its own; yield its id, with `wait` once it has said that it is ready."""
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [interpreter, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE if wait else subprocess.DEVNULL,
+        preexec_fn=partial(os.sched_setaffinity, 0, cores) if cores else None,
     )
     try:
         if wait:
             assert process.stdout
-            assert process.stdout.readline() == b"ready\n"
+            while (line := process.stdout.readline()) != b"ready\n":
+                assert line, f"{arguments} ended before it was ready"
         yield process.pid
     finally:
         process.terminate()
@@ -169,28 +188,34 @@ def until_answered(target: str) -> None:
                 time.sleep(0.1)
 
 
-def round_of(target: str, pid: int, seconds: float) -> dict[str, Any]:
-    """Measure one server once in each way."""
-    requests = [
-        recommender_pb2.RecommendRequest(user_id=f"user-{user}", count=COUNT).SerializeToString()
-        for user in range(USERS)
-    ]
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A server that is measured: where it listens, its process, and what it is asked."""
 
-    def ask(**how: Any) -> dict[str, Any]:
-        found = measure(target, PATH, requests, seconds=seconds, **how)
+    target: str
+    pid: int
+    path: str
+    requests: list[bytes]
+
+    def ask(self, seconds: float, **how: Any) -> dict[str, Any]:
+        """Ask in one way."""
+        found = measure(self.target, self.path, self.requests, seconds=seconds, **how)
         assert set(found["outcomes"]) <= {"OK"}, found
         return found
 
-    ask(in_flight=IN_FLIGHT)
-    before = processor_seconds(pid)
-    closed = ask(in_flight=IN_FLIGHT)
-    spent = processor_seconds(pid) - before
-    opened = ask(rate=closed["requests_per_second"] / 2)
+
+def round_of(server: Asked, seconds: float) -> dict[str, Any]:
+    """Measure one server once in each way."""
+    server.ask(min(seconds, 2.0), in_flight=IN_FLIGHT)
+    before = processor_seconds(server.pid)
+    closed = server.ask(seconds, in_flight=IN_FLIGHT)
+    spent = processor_seconds(server.pid) - before
+    opened = server.ask(seconds, rate=LOAD * closed["requests_per_second"])
     return {
         "requests_per_second": closed["requests_per_second"],
         "p50_seconds": opened["p50_seconds"],
         "p99_seconds": opened["p99_seconds"],
-        "alone_p50_seconds": ask(in_flight=1)["p50_seconds"],
+        "alone_p50_seconds": server.ask(min(seconds, 2.0), in_flight=1)["p50_seconds"],
         "processor_seconds_per_request": spent / seconds / closed["requests_per_second"],
         "client_processor_share": closed["sender_processor_share"],
     }
@@ -201,39 +226,128 @@ def median_of(rounds: list[dict[str, Any]]) -> dict[str, float]:
     return {key: round(statistics.median(each[key] for each in rounds), 6) for key in rounds[0]}
 
 
-def whole(items: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Run everything and measure in turn."""
+def to_torchscript(store_url: str, path: Path) -> list[bytes]:
+    """Write the network of the first version for Triton; return requests of users with histories of their own."""
+    settings, draw = settings_for(store_url), np.random.default_rng(7)
+    replica = Replica(settings, torch.device("cpu"))
+    with connect(settings) as connection:
+        replica.apply(next(iter(WeightStore(connection, settings).read_after(0, count=1))).payload)
+    network, vectors_ID = replica.network.eval(), replica.table.column("vector").clone()
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+            self.register_buffer("vectors_ID", vectors_ID)
+
+        def forward(self, history_B3L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rows_BL, classes_BL, gaps_BL = history_B3L.unbind(1)
+            histories = network_histories(rows_BL, classes_BL, gaps_BL)
+            states_BD = self.network.states(self.vectors_ID[rows_BL], self.vectors_ID[rows_BL[:, -1]], histories)
+            scores_BI = (states_BD @ self.vectors_ID.T).scatter(1, rows_BL, -torch.inf)
+            found = scores_BI.topk(COUNT, dim=1)
+            return found.values, found.indices
+
+    length = settings.history_length
+    histories = np.zeros((USERS, 3, length), np.int64)
+    for user in range(USERS):
+        taken = int(draw.integers(HISTORY[0], HISTORY[1] + 1))
+        histories[user, :, -taken:] = draw.integers(1, [[len(vectors_ID)], [3], [30]], (3, taken))
+    with torch.no_grad():
+        torch.jit.trace(Whole(), torch.from_numpy(histories[:2])).save(str(path))
+    return [infer_request(each) for each in histories]
+
+
+def infer_request(history_3L: np.ndarray) -> bytes:
+    """Write a ModelInferRequest of Triton's protocol; to import its stubs would ask for another protobuf."""
+
+    def field(number: int, data: bytes) -> bytes:
+        size = len(data)
+        sizes = bytes([size]) if size < 128 else bytes([size % 128 + 128, size // 128])
+        return bytes([number << 3 | 2]) + sizes + data
+
+    tensor = field(1, b"history") + field(2, b"INT64") + field(3, bytes([1, *history_3L.shape]))
+    return field(1, triton_peer.NAME.encode()) + field(5, tensor) + field(7, history_3L.tobytes())
+
+
+def start(
+    stack: ExitStack, store_url: str, directory: str, triton: str | None, server_cores: set[int] | None
+) -> dict[str, Asked]:
+    """Start every server and wait until it answers."""
     this = str(Path(__file__).resolve())
+    ports = dict(zip(("recsys", "straightforward", "noop", "triton"), free_ports(4), strict=True))
+    targets = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+    requests = [
+        recommender_pb2.RecommendRequest(user_id=f"user-{user}", count=COUNT).SerializeToString()
+        for user in range(USERS)
+    ]
+    environment = {"RECSYS_PORT": str(ports["recsys"]), "RECSYS_METRICS_PORT": "0", "RECSYS_REDIS_URL": store_url}
+    pid = stack.enter_context(part("-m", "recsys", "serve", environment=environment, cores=server_cores))
+    servers = {"recsys": Asked(targets["recsys"], pid, PATH, requests)}
+    until_answered(targets["recsys"])
+    with grpc.insecure_channel(targets["recsys"]) as channel:
+        answer: bytes = channel.unary_unary(PATH)(requests[0], timeout=10)
+    for name, argument in (("straightforward", store_url), ("noop", answer.hex())):
+        pid = stack.enter_context(part(this, f"--{name}", argument, "--port", str(ports[name]), cores=server_cores))
+        until_answered(targets[name])
+        servers[name] = Asked(targets[name], pid, PATH, requests)
+    if triton:
+        network = Path(directory) / "network.pt"
+        asked = to_torchscript(store_url, network)
+        site, length = str(Path(torch.__file__).parents[1]), str(settings_for(store_url).history_length)
+        arguments = (str(Path(triton_peer.__file__)), site, str(network), str(ports["triton"]), length, str(COUNT))
+        pid = stack.enter_context(part(*arguments, wait=True, cores=server_cores, interpreter=triton))
+        servers["triton"] = Asked(targets["triton"], pid, "/inference.GRPCInferenceService/ModelInfer", asked)
+    return servers
+
+
+def whole(items: int, seconds: float, rounds: int, plot: str | None, triton: str | None) -> dict[str, Any]:
+    """Run everything and measure in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    server_cores = {cores[-1]} if len(cores) > 1 else None
+    if server_cores:
+        # The store, the publisher and the client: what this process starts.
+        os.sched_setaffinity(0, cores[:-1])
     with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store, ExitStack() as stack:
-        stack.enter_context(part(this, "--publish", store.url, "--items", str(items), wait=True))
-        ours, theirs, idle = free_ports(3)
-        ports = {"recsys": ours, "straightforward": theirs, "noop": idle}
-        targets = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
-        environment = {"RECSYS_PORT": str(ours), "RECSYS_METRICS_PORT": "0", "RECSYS_REDIS_URL": store.url}
-        pids = {"recsys": stack.enter_context(part("-m", "recsys", "serve", environment=environment))}
-        until_answered(targets["recsys"])
-        with grpc.insecure_channel(targets["recsys"]) as channel:
-            request = recommender_pb2.RecommendRequest(user_id="user-0", count=COUNT).SerializeToString()
-            answer: bytes = channel.unary_unary(PATH)(request, timeout=10)
-        for name, argument in (("straightforward", store.url), ("noop", answer.hex())):
-            pids[name] = stack.enter_context(part(this, f"--{name}", argument, "--port", str(ports[name])))
-            until_answered(targets[name])
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in pids}
+        publisher = (str(Path(__file__).resolve()), "--publish", store.url, "--items", str(items))
+        stack.enter_context(part(*publisher, wait=True))
+        servers = start(stack, store.url, directory, triton, server_cores)
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
         for _ in range(rounds):
-            for name, pid in pids.items():
-                found[name].append(round_of(targets[name], pid, seconds))
-    results = [{"name": name, **median_of(each)} for name, each in found.items()]
-    rates = {result["name"]: float(result["requests_per_second"]) for result in results}
+            for name, server in servers.items():
+                found[name].append(round_of(server, seconds))
+        results = [{"name": name, **median_of(each)} for name, each in found.items()]
+        rates = {str(result["name"]): float(result["requests_per_second"]) for result in results}
+        if plot:
+            draw_times(servers, rates, seconds, plot)
     return {
         "items": items,
         "in_flight": IN_FLIGHT,
         "seconds": seconds,
         "rounds": rounds,
-        "cores": os.cpu_count(),
+        "cores": len(cores),
+        "load_average": round(os.getloadavg()[0], 1),
         "results": results,
         "times_straightforward": round(rates["recsys"] / rates["straightforward"], 2),
         "share_of_noop": round(rates["recsys"] / rates["noop"], 3),
     }
+
+
+def draw_times(servers: dict[str, Asked], rates: dict[str, float], seconds: float, path: str) -> None:
+    """Draw each server's times against load, the ceiling apart."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, server in servers.items():
+        if name == "noop":
+            continue
+        points = [(share * rates[name], server.ask(seconds, rate=share * rates[name])) for share in LOADS]
+        for quantile, style in (("p50", "-"), ("p99", "--")):
+            milliseconds = [1000 * each[f"{quantile}_seconds"] for _, each in points]
+            axes.plot([rate for rate, _ in points], milliseconds, style, marker=".", label=f"{name} {quantile}")
+    axes.set(xscale="log", yscale="log", xlabel="requests per second, on schedule", ylabel="milliseconds")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -242,6 +356,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", help="a PNG to write")
+    parser.add_argument("--triton", help="an interpreter that has nvidia-pytriton")
+    parser.add_argument("--retrieval", action="store_true", help="compare retrieval alone")
     parser.add_argument("--json", action="store_true", help="print one line")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     for role in ("--publish", "--straightforward", "--noop"):
@@ -256,7 +373,10 @@ def main() -> None:
         if getattr(arguments, name):
             role()
             return
-    found = whole(arguments.items, arguments.seconds, arguments.rounds)
+    if arguments.retrieval:
+        found = retrieval.compare(settings_for("redis://unused"), arguments.items, arguments.rounds)
+    else:
+        found = whole(arguments.items, arguments.seconds, arguments.rounds, arguments.plot, arguments.triton)
     print(json.dumps(found, indent=None if arguments.json else 2))
 
 

@@ -5,8 +5,9 @@ trainer is started again with other settings, over the second half, test-then-tr
 nothing of theirs is ever learned. What they chose in the first half, as far as those items were known at its end, is
 ranked at that moment (`then`, the same for all) and again at the end of the stream (`end`): the difference is what was
 forgotten. `bytes` is the mean size of a version, for servers and for the trainer alone, without new items' ids.
-`seconds` are of the processor: what else runs on the machine counts less. Prints a table on standard error and one JSON
-object.
+`seconds` are of the processor: what else runs on the machine counts less. All of it is done once for each seed; beside
+each mean stands how far the seeds scatter (standard deviation). What settings add to the network begins without effect,
+so that every strategy starts from the same scores. Prints a table on standard error and one JSON object.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "head": {"trainable": "head"},
     "bias": {"trainable": "bias"},
     "lora": {"trainable": "lora"},
+    "adapter": {"trainable": "adapter", "adapter_width": 8},
+    "prompt": {"trainable": "prompt", "prompt_length": 8},
     "adam": {"optimizer": "adam"},
     "sgd": {"optimizer": "sgd", "learning_rate": 0.01},
     "average": {"average_decay": 0.98},
@@ -84,9 +87,9 @@ def hits(rank_B: np.ndarray) -> float:
 class Start:
     """Own the weights after the first half of a stream, and what comes after it."""
 
-    def __init__(self, path: Path, events: int, device: str) -> None:
+    def __init__(self, path: Path, events: int, device: str, seed: int) -> None:
         file = open_feedback_file(path)
-        self.settings = load({"classes": file.classes, "device": device}, environment={})
+        self.settings = load({"classes": file.classes, "device": device, "seed": seed}, environment={})
         self.learner = Learner(self.settings, choose(device))
         cases = list(Stream(file, self.settings, self.learner).cases(events))
         half = len(cases) // 2
@@ -99,7 +102,7 @@ class Start:
         self.kept = [case for case, rank in zip(kept, rank_B.tolist(), strict=True) if rank != MISS]
         self.then = hits(rank_B[rank_B != MISS])
 
-    def go_on(self, changes: dict[str, Any]) -> dict[str, Any]:
+    def go_on(self, changes: dict[str, Any]) -> dict[str, float]:
         """Learn the second half with other settings; return what was measured."""
         settings = Settings(**{**self.settings.model_dump(), **changes})
         learner = Learner(settings, self.learner.device)
@@ -117,17 +120,33 @@ class Start:
         served, own = np.mean(sizes, 0)
         end = hits(ranks(learner, self.kept))
         return {
-            "settings": changes,
-            "hr_at_10": round(hits(np.concatenate([report.rank_B for report in reports])), 4),
-            "class_log_loss": round(float(losses.mean()), 4),
-            "then": round(self.then, 4),
-            "end": round(end, 4),
-            "forgotten": round(self.then - end, 4),
-            "bytes_served": round(served),
-            "bytes_trainer": round(own),
-            "seconds": round(seconds, 2),
+            "hr_at_10": hits(np.concatenate([report.rank_B for report in reports])),
+            "class_log_loss": float(losses.mean()),
+            "then": self.then,
+            "end": end,
+            "forgotten": self.then - end,
+            "bytes_served": float(served),
+            "bytes_trainer": float(own),
+            "seconds": seconds,
             "skipped_batches": sum(not report.learned for report in reports),
         }
+
+
+# What is shown, with how many digits.
+COLUMNS = {
+    **{"hr_at_10": 4, "class_log_loss": 4, "then": 4, "end": 4, "forgotten": 4},
+    **{"bytes_served": 0, "bytes_trainer": 0, "seconds": 1, "skipped_batches": 0},
+}
+
+
+def line(name: str, found: Sequence[dict[str, float]]) -> str:
+    """Write the means of what was measured and how far they scatter."""
+    cells = []
+    for column, digits in COLUMNS.items():
+        values = [each[column] for each in found]
+        spread = f"+-{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.{digits}f}{spread}")
+    return f"{name:20}" + "".join(f"{cell:>17}" for cell in cells)
 
 
 def main() -> None:
@@ -136,16 +155,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a file of feedback")
     parser.add_argument("--events", type=int, default=20_000)
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    start = Start(arguments.data, arguments.events, arguments.device)
-    found = {}
-    columns = ("hr_at_10", "class_log_loss", "then", "end", "forgotten", "bytes_served", "bytes_trainer", "seconds")
-    print(f"{'':20}" + "".join(f"{name:>15}" for name in columns), file=sys.stderr)
-    for name in arguments.strategies:
-        found[name] = start.go_on(STRATEGIES[name])
-        print(f"{name:20}" + "".join(f"{found[name][column]:>15}" for column in columns), file=sys.stderr, flush=True)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.strategies}
+    for seed in arguments.seeds:
+        start = Start(arguments.data, arguments.events, arguments.device, seed)
+        for name, measured in found.items():
+            measured.append(start.go_on(STRATEGIES[name]))
+            print(line(f"{name} seed {seed}", measured[-1:]), file=sys.stderr, flush=True)
+    print(f"{'':20}" + "".join(f"{column:>17}" for column in COLUMNS), file=sys.stderr)
+    for name, measured in found.items():
+        print(line(name, measured), file=sys.stderr)
     print(
         json.dumps(
             {
@@ -154,6 +176,8 @@ def main() -> None:
                 "learned_in_second_half": len(start.rest),
                 "held_out_events": len(start.kept),
                 "items": len(start.learner.table),
+                "seeds": arguments.seeds,
+                "settings": {name: STRATEGIES[name] for name in found},
                 "strategies": found,
             }
         )

@@ -105,7 +105,8 @@ def content(settings: Settings, seed: int) -> WeightPayload:
         if tensor.dtype.is_floating_point:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
     # A count is not negative.
-    replica.network.class_counts.abs_()
+    replica.network.rates.class_counts.abs_()
+    replica.network.rates.context_counts.abs_()
     return replica.write_all()
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from itertools import compress
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +32,15 @@ class RowHistory(NamedTuple):
 
 def row_history(entries: Iterable[HistoryEntry], table: ItemTable, class_index: Mapping[str, int]) -> RowHistory:
     """Look up a history's rows and classes; entries of unknown items or classes are left out."""
-    found = [
-        (row, index, entry.time_ms)
-        for entry in entries
-        if (row := table.row(entry.item_id)) != PADDING_ROW
-        and (index := class_index.get(entry.feedback_class)) is not None
-    ]
-    return RowHistory(*zip(*found, strict=True)) if found else RowHistory((), (), ())
+    entries = list(entries)
+    rows = table.look_up([entry.item_id for entry in entries])
+    classes: list[int | None] = [class_index.get(entry.feedback_class) for entry in entries]
+    times_ms = [entry.time_ms for entry in entries]
+    if PADDING_ROW in rows or None in classes:
+        known = [row != PADDING_ROW and index is not None for row, index in zip(rows, classes, strict=True)]
+        rows, times_ms = list(compress(rows, known)), list(compress(times_ms, known))
+        classes = list(compress(classes, known))
+    return RowHistory(tuple(rows), cast("tuple[int, ...]", tuple(classes)), tuple(times_ms))
 
 
 def encode_histories(histories: Sequence[RowHistory], now_ms: Sequence[int], length: int) -> tuple[Array, Array, Array]:

@@ -29,6 +29,8 @@ class Feedback:
     feedback_id: str = ""
     recommendation_id: str = ""
     context: Mapping[str, str] = field(default_factory=dict)
+    # The span that appends it, by W3C Trace Context; "" where nothing is traced.
+    traceparent: str = ""
 
 
 def from_wire(message: recommender_pb2.Feedback) -> Feedback:
@@ -72,6 +74,7 @@ def to_record(feedback: Feedback, history: Iterable[log_pb2.HistoryEntry] = ()) 
         time_ms=feedback.time_ms,
         recommendation_id=feedback.recommendation_id,
         context=feedback.context,
+        traceparent=feedback.traceparent or None,
         history=history,
     )
 

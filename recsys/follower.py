@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from recsys import traces
 from recsys.catalog import CatalogMirror
 from recsys.errors import CorruptWeights, StoreFull, StoreUnavailable
 from recsys.logs import Summary, tell
@@ -146,7 +147,8 @@ class Follower:
             # Before it can give its first answer.
             with self._awaiting_lock:
                 self._awaiting_answer.append((delta.record.version, list(delta.record.accepted_ms)))
-            self._scorer.apply(delta.record, delta.payload, _now_ms())
+            with traces.span("apply version", delta.record.version):
+                self._scorer.apply(delta.record, delta.payload, _now_ms())
             self._applied(delta.record)
         self._retry_seconds, self._scorer.problem = RETRY_SECONDS, ""
         self._look()

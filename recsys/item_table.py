@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from recsys.item_rows import PADDING_ROW as PADDING_ROW
+from recsys.item_rows import ItemRows
 
 # Per feedback; a count halves after 69, 693 and 6,931 feedback.
 TREND_DECAYS = (0.99, 0.999, 0.9999)
@@ -31,6 +35,8 @@ AGE_SCALE = 0.5
 # How far back a choice counts as following another, with weight 1/sqrt(distance) where it is counted and again where it
 # is looked up. On two real streams this is up to a quarter better than 1/distance divided by how often each was chosen.
 TRANSITION_REACH = 20
+# So many of a user's latest items learn what the user does next.
+AUDIENCE_REACH = 10
 # What followed an item fades by this much each time that something follows it: habits change.
 TRANSITION_DECAY = 0.995
 # What followed leads back as well, for so much of the weight.
@@ -39,7 +45,6 @@ TRANSITION_BACK = 0.4
 NEXT_POWER = 2.0
 MINIMUM_CAPACITY = 1024
 VECTOR_SCALE = 0.02
-PADDING_ROW = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +73,17 @@ class Transitions:
 
 
 class ItemTable:
-    """Hold one row per item; row 0 is padding and never an item.
+    """Hold one row per item; row 0 is padding and never an item, and rows that items have left wait for new ones.
 
     Columns (first axis is the row):
         vector: float32 (D), what the network multiplies.
         trend: float32 (2 S), decayed counts of positive feedback, then of all feedback, as of `touched`.
         touched: int64, the clock at the item's last feedback.
-        first: int64, the clock at the item's first feedback; 0 before it.
+        first: int64, the clock at the item's first feedback, 0 before it; where `dated`, when it got its row.
         total: float32, positive feedback ever.
         classes: float32 (C), feedback ever of each class.
+        audience: float32 (C), where `audiences`: feedback ever of each class by users who had the item among their
+            last AUDIENCE_REACH.
         successor: int32 (M), rows that followed this item; 0 is an empty slot.
         successor_weight: float32 (M), decayed sum of 1/sqrt(distance) over those times.
 
@@ -88,8 +95,10 @@ class ItemTable:
     ) -> None:
         self.device = torch.device(device)
         self.clock = 0
-        self.item_ids: list[str] = [""]
-        self._index: dict[str, int] = {}
+        self._rows = ItemRows()
+        self.audiences = False
+        # Whether `first` says when an item got its row: where rows are passed on, it tells whose feedback was whose.
+        self.dated = False
         self._seed = seed
         # Called with a column's name, the column and a number of rows; returns a column of so many that begins with it.
         self.enlarge: Callable[[str, Tensor, int], Tensor] = _enlarged
@@ -100,6 +109,7 @@ class ItemTable:
             "first": ((), torch.int64),
             "total": ((), torch.float32),
             "classes": ((classes,), torch.float32),
+            "audience": ((classes,), torch.float32),
             "successor": ((successors,), torch.int32),
             "successor_weight": ((successors,), torch.float32),
         }
@@ -112,72 +122,113 @@ class ItemTable:
 
     def __len__(self) -> int:
         """Return the number of items."""
-        return len(self.item_ids) - 1
+        return len(self._rows)
 
     @property
     def rows(self) -> int:
-        """Return the number of rows in use, padding included: row numbers lie below it."""
-        return len(self.item_ids)
+        """Return the number of rows in use, padding and free ones included: row numbers lie below it."""
+        return self._rows.end
+
+    @property
+    def item_ids(self) -> list[str]:
+        """Return the item of each row, "" where there is none."""
+        return self._rows.item_ids
+
+    @property
+    def free_rows(self) -> NDArray[np.int64]:
+        """Return the rows that items have left, ascending."""
+        return self._rows.free_rows
 
     def clear(self) -> None:
         """Forget all items; capacity stays."""
         self.clock = 0
-        self.item_ids, self._index = [""], {}
+        self._rows.clear()
         for column in self.columns.values():
             column.zero_()
 
     def truncate(self, rows: int) -> None:
         """Forget the items from row `rows` on; clock and capacity stay."""
-        for item_id in self.item_ids[rows:]:
-            del self._index[item_id]
         for column in self.columns.values():
             column[rows : self.rows] = 0
-        del self.item_ids[rows:]
+        self._rows.truncate(rows)
 
     def row(self, item_id: str) -> int:
         """Return the item's row, or 0 when the table does not hold it."""
-        return self._index.get(item_id, PADDING_ROW)
+        return self._rows.row(item_id)
+
+    def look_up(self, item_ids: Iterable[str]) -> list[int]:
+        """Return each item's row, 0 where the table does not hold it."""
+        return self._rows.look_up(item_ids)
 
     def allocate(self, item_ids: Iterable[str]) -> list[tuple[str, int]]:
-        """Give a row to each item that has none, in the order given; return those with their rows.
+        """Give a row to each item that has none, in the order given, free ones first; return those with their rows.
 
         A new row's vector depends on the seed and the row alone.
         """
-        new = []
-        for item_id in item_ids:
-            if item_id not in self._index:
-                self._index[item_id] = row = len(self.item_ids)
-                self.item_ids.append(item_id)
-                new.append((item_id, row))
+        new = self._rows.allocate(item_ids)
         if new:
             self.reserve(self.rows)
-            first, last = new[0][1], new[-1][1]
-            self.columns["vector"][first : last + 1] = self._initial_vectors(first, last + 1)
+            self.begin([row for _, row in new])
         return new
 
-    def _initial_vectors(self, first: int, end: int) -> Tensor:
+    def begin(self, rows: Sequence[int]) -> None:
+        """Set what new items have, in rows that hold nothing yet."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.columns["vector"][index] = self._initial_vectors(rows)
+        if self.dated:
+            self.columns["first"][index] = self.clock
+
+    def _initial_vectors(self, rows: Sequence[int]) -> Tensor:
         dimension = self.columns["vector"].shape[1]
         # Philox is counter-based: a row's numbers do not depend on how many rows were asked for at once.
-        vectors = np.empty((end - first, dimension), dtype=np.float32)
-        for row in range(first, end):
+        vectors = np.empty((len(rows), dimension), dtype=np.float32)
+        for place, row in enumerate(rows):
             generator = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, row, 0, 0]))
-            vectors[row - first] = generator.standard_normal(dimension, dtype=np.float32)
+            vectors[place] = generator.standard_normal(dimension, dtype=np.float32)
         return torch.from_numpy(vectors * VECTOR_SCALE).to(self.device)
 
+    def remove(self, rows_R: NDArray[np.int64]) -> Tensor:
+        """Forget the items of these rows, and that they followed others; return the rows that changed, ascending.
+
+        The rows, ascending, become free.
+        """
+        self._rows.remove(rows_R)
+        gone = torch.from_numpy(rows_R).to(self.device)
+        for column in self.columns.values():
+            column[gone] = 0
+        changed_I = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+        gone_I = changed_I.index_fill(0, gone, True)
+        for first in range(0, self.rows, STRETCH):
+            here = slice(first, min(first + STRETCH, self.rows))
+            lost_IM = gone_I[self.columns["successor"][here].to(torch.int64)]
+            for name in ("successor", "successor_weight"):
+                self.columns[name][here].masked_fill_(lost_IM, 0)
+            changed_I[here] = lost_IM.any(1) | gone_I[here]
+        return changed_I.nonzero()[:, 0]
+
+    def used_rows(self, number_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of the items with these numbers, counted from 1 in the order of rows."""
+        return self._rows.used(number_N)
+
+    def assign(self, rows: Sequence[int], item_ids: Sequence[str]) -> list[int]:
+        """Give rows, ascending, to items, whoever had them, "" to leave one free; return those that changed hands.
+
+        The rows' columns are left as they are. Rows that are not in use yet must continue those that are.
+
+        Raises:
+            ValueError: when they do not, or an item has another row already or is named twice; nothing is changed then.
+        """
+        changed = self._rows.assign(rows, item_ids)
+        self.reserve(self.rows)
+        return changed
+
     def extend(self, item_ids: Sequence[str]) -> None:
-        """Give the next rows to these items; the rows' columns are left as they are.
+        """Give the next rows to these items, "" to leave one free; the rows' columns are left as they are.
 
         Raises:
             ValueError: when an item has a row already or is named twice; nothing is changed then.
         """
-        new = dict(zip(item_ids, range(self.rows, self.rows + len(item_ids)), strict=True))
-        if len(new) != len(item_ids) or not self._index.keys().isdisjoint(new):
-            raise ValueError("a new item already has a row")
-        if self._index:
-            self._index.update(new)
-        else:
-            self._index = new
-        self.item_ids.extend(item_ids)
+        self._rows.extend(item_ids)
         self.reserve(self.rows)
 
     def reserve(self, rows: int) -> None:
@@ -247,26 +298,54 @@ class ItemTable:
     def count(self, history_BK: Tensor, item_B: Tensor, positive_B: Tensor, class_B: Tensor) -> Tensor:
         """Count a batch of feedback, each with its history latest first; return the touched rows, ascending.
 
-        Transitions and totals count what is positive alone. Advances the clock by B. Within the batch the order matters
-        for trend decay only, and is kept.
+        Transitions and totals count what is positive alone. Advances the clock by B, also for items without a row,
+        of which nothing else is counted. Within the batch the order matters for trend decay only, and is kept.
         """
-        rows_T = self._count_transitions(history_BK[positive_B], item_B[positive_B])
-        items_U, inverse_B = torch.unique(item_B, return_inverse=True)
         clock_B = self.clock + 1 + torch.arange(len(item_B), device=self.device)
         self.clock += len(item_B)
+        known_B = item_B != PADDING_ROW
+        if not bool(known_B.all()):
+            history_BK, item_B, positive_B, class_B, clock_B = (
+                each[known_B] for each in (history_BK, item_B, positive_B, class_B, clock_B)
+            )
+        rows_T = self._count_transitions(history_BK[positive_B], item_B[positive_B])
+        items_U, inverse_B = torch.unique(item_B, return_inverse=True)
         decay_US = torch.exp((self.clock - self.columns["touched"][items_U])[:, None] * self._log_decay_S)
         add_BS = torch.exp((self.clock - clock_B)[:, None] * self._log_decay_S)
         add_BS[:, : len(TREND_DECAYS)] *= positive_B[:, None]
         trend_US = (self.columns["trend"][items_U] * decay_US).index_add_(0, inverse_B, add_BS)
         self.columns["trend"][items_U] = trend_US.to(torch.float32)
         self.columns["touched"][items_U] = self.clock
-        first_U = self.columns["first"][items_U]
-        self.columns["first"][items_U] = first_U.masked_fill(first_U == 0, self.clock)
+        if not self.dated:
+            first_U = self.columns["first"][items_U]
+            self.columns["first"][items_U] = first_U.masked_fill(first_U == 0, self.clock)
         self.columns["total"].index_add_(0, item_B, positive_B.to(torch.float32))
         one_BC = torch.nn.functional.one_hot(class_B, self.columns["classes"].shape[1]).to(torch.float32)
         self.columns["classes"].index_add_(0, item_B, one_BC)
-        touched: Tensor = torch.unique(torch.cat([rows_T, items_U]))
+        rows_A = self._count_audience(history_BK, one_BC)
+        touched: Tensor = torch.unique(torch.cat([rows_T, items_U, rows_A]))
         return touched
+
+    def _count_audience(self, history_BK: Tensor, counts_BC: Tensor) -> Tensor:
+        """Count for each user's latest items what the user did; return their rows."""
+        if not self.audiences:
+            return history_BK.new_empty(0)
+        latest_BK = history_BK[:, :AUDIENCE_REACH]
+        user_A, place_A = latest_BK.nonzero(as_tuple=True)
+        rows_A: Tensor = latest_BK[user_A, place_A]
+        self.columns["audience"].index_add_(0, rows_A, counts_BC[user_A])
+        return rows_A
+
+    def retract(self, history_MK: Tensor, item_M: Tensor, feedback_class: int) -> Tensor:
+        """Take back the counting of M feedback of a class, each with its history; return the touched rows."""
+        one_C = torch.zeros_like(self.columns["classes"][0]).index_fill_(0, item_M.new_tensor(feedback_class), -1.0)
+        rows_A = self._count_audience(history_MK, one_C.expand(len(item_M), -1))
+        self.columns["audience"][rows_A] = self.columns["audience"][rows_A].clamp_min(0)
+        counts_I = self.columns["classes"][:, feedback_class]
+        counts_I.index_add_(0, item_M, counts_I.new_full((len(item_M),), -1.0))
+        # An item that was forgotten meanwhile had begun anew.
+        counts_I[item_M] = counts_I[item_M].clamp_min(0)
+        return torch.cat([item_M, rows_A])
 
     def _count_transitions(self, history_BK: Tensor, item_B: Tensor) -> Tensor:
         reach = history_BK.shape[1]
@@ -293,6 +372,11 @@ class ItemTable:
         new_before, new_after, new_weight = before_U[~known_U], after_U[~known_U], weight_U[~known_U]
         if len(new_before):
             owners_A, owner_N, counts_A = torch.unique(new_before, return_inverse=True, return_counts=True)
+            if int(counts_A.max()) > successor.shape[1]:
+                # Not all get in: the heaviest of each item do, of equal ones the lower rows.
+                order_N = torch.argsort(new_weight, descending=True, stable=True)
+                order_N = order_N[torch.argsort(owner_N[order_N], stable=True)]
+                new_before, new_after, new_weight = new_before[order_N], new_after[order_N], new_weight[order_N]
             rank_N = torch.arange(len(new_before), device=self.device) - (counts_A.cumsum(0) - counts_A)[owner_N]
             order_AM = torch.argsort(weights[owners_A], dim=1, stable=True)
             fits_N = rank_N < order_AM.shape[1]

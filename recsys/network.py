@@ -7,7 +7,7 @@ I items, S standings, C feedback classes, P context pairs, F mixing features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import cast
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.item_table import PADDING_ROW, STANDINGS, TREND_DECAYS, Transitions
+from recsys.additions import Adapter, Prompt
+from recsys.item_table import AUDIENCE_REACH, PADDING_ROW, STANDINGS, TREND_DECAYS, ItemTable, Transitions
+from recsys.rates import Rates
 from recsys.settings import Settings
 
 # Time between a history entry and now, in powers of two of a second: bucket 0 is under a second, 31 is over 34 years.
@@ -31,12 +33,6 @@ INITIAL_NETWORK, INITIAL_TREND, INITIAL_LIFT = 0.5, 0.2, 0.7
 # Transition weights are compared on a log scale from here up; below, an item counts as never following.
 TRANSITION_FLOOR = 0.1
 CONTEXT_WIDTH = 16
-# What is known of the class by counting: rates among all, of the item, of the user.
-RATES, USER_RATES = 3, 2
-# The rates of few feedback are drawn to those among all as if there were so many more.
-RATE_PRIOR = 5.0
-# The rates among all forget half after 69,000 feedback.
-CLASS_DECAY = 0.99999
 # Keeps the logarithm of an expected worth finite.
 WORTH_FLOOR = 1e-6
 
@@ -78,6 +74,9 @@ class _Block(nn.Module):
         self.contract = nn.Linear(2 * dimension, dimension)
         self.feed_norm = nn.LayerNorm(dimension)
         self.dropout = nn.Dropout(dropout)
+        # What settings may add.
+        self.adapter: Adapter | None = None
+        self.prompt: Prompt | None = None
 
     def forward(self, x_BLD: Tensor, visible_BLL: Tensor) -> Tensor:
         """Attend from every place to the visible places."""
@@ -85,6 +84,11 @@ class _Block(nn.Module):
         split = (batch, length, self.heads, dimension // self.heads)
         q, k, v = (f(x_BLD).view(split).transpose(1, 2) for f in (self.query, self.key, self.value))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BLL[:, None])
+        if self.prompt is not None:
+            # Row by row as at the last place: the prompt is the same for all of them.
+            q_RHW = q.transpose(1, 2).reshape(batch * length, *split[2:]) / math.sqrt(split[3])
+            prompted_RHW = self._values(self.prompt.mixed(self._before_keys(q_RHW)))
+            mixed = mixed + prompted_RHW.view(split).transpose(1, 2)
         return self._finish(x_BLD, mixed.transpose(1, 2).reshape(batch, length, dimension))
 
     def last(self, last_BD: Tensor, parts: list[_Part], filled_BL: Tensor) -> Tensor:
@@ -96,17 +100,31 @@ class _Block(nn.Module):
         batch, dimension = last_BD.shape
         width = dimension // self.heads
         q_BHW = self.query(last_BD).view(batch, self.heads, width) / math.sqrt(width)
-        q_BHD = torch.einsum("bhw,hwd->bhd", q_BHW, self.key.weight.view(self.heads, width, dimension))
+        q_BHD = self._before_keys(q_BHW)
         logits_BHL = _total(part.products(q_BHD) for part in parts)
         attention_BHL = logits_BHL.masked_fill(~filled_BL[:, None], -1e9).softmax(-1)
         mixed_BHD = _total(part.mixed(attention_BHL) for part in parts)
-        value_HWD = self.value.weight.view(self.heads, width, dimension)
-        v_BD = torch.einsum("bhd,hwd->bhw", mixed_BHD, value_HWD).reshape(batch, dimension) + self.value.bias
+        if self.prompt is not None:
+            mixed_BHD = mixed_BHD + self.prompt.mixed(q_BHD)
+        v_BD = self._values(mixed_BHD).reshape(batch, dimension) + self.value.bias
         return self._finish(last_BD, v_BD)
+
+    def _before_keys(self, q_BHW: Tensor) -> Tensor:
+        """Return queries whose products with inputs are those of `q_BHW` with keys."""
+        weight: Tensor = self.key.weight
+        return torch.einsum("bhw,hwd->bhd", q_BHW, weight.view(self.heads, -1, weight.shape[1]))
+
+    def _values(self, mixed_BHD: Tensor) -> Tensor:
+        """Return the values, but for their bias, of mixed inputs."""
+        weight: Tensor = self.value.weight
+        return torch.einsum("bhd,hwd->bhw", mixed_BHD, weight.view(self.heads, -1, weight.shape[1]))
 
     def _finish(self, x: Tensor, v: Tensor) -> Tensor:
         x = self.attention_norm(x + self.dropout(self.output(v)))
-        finished: Tensor = self.feed_norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))
+        fed: Tensor = self.contract(F.gelu(self.expand(x)))
+        if self.adapter is not None:
+            fed = self.adapter(fed)
+        finished: Tensor = self.feed_norm(x + self.dropout(fed))
         return finished
 
 
@@ -176,9 +194,12 @@ class RecommendationNetwork(nn.Module):
         classes: int,
         context_buckets: int,
         dropout: float,
+        worth: Sequence[float],
         histories_tell: bool = True,
+        adapter_width: int = 0,
+        prompt_length: int = 0,
     ) -> None:
-        """Make a network; `histories_tell` says whether histories hold feedback of every class."""
+        """Make a network; `histories_tell` says whether histories hold feedback of every class; 0 adds no part."""
         super().__init__()
         self.position = nn.Parameter(torch.zeros(history_length, dimension))
         self.entry_class = nn.Embedding(classes + 1, dimension)
@@ -187,8 +208,9 @@ class RecommendationNetwork(nn.Module):
         self.blocks = nn.ModuleList(_Block(dimension, heads, dropout) for _ in range(blocks))
         self.mix = nn.Linear(MIXING_CONTEXT, PARTS)
         self.context = nn.Embedding(context_buckets, CONTEXT_WIDTH)
+        self.rates = Rates(classes, context_buckets, worth, histories_tell)
         self.rank = nn.Sequential(
-            nn.Linear(3 * dimension + CONTEXT_WIDTH + STANDINGS + RATES * classes + 2, 128),
+            nn.Linear(3 * dimension + CONTEXT_WIDTH + STANDINGS + self.rates.width, 128),
             nn.ReLU(),
             nn.Linear(128, 64),
             nn.ReLU(),
@@ -198,17 +220,6 @@ class RecommendationNetwork(nn.Module):
         last = cast("nn.Linear", self.rank[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.rates = nn.Linear(RATES * classes + 2, classes)
-        nn.init.zeros_(self.rates.weight)
-        nn.init.zeros_(self.rates.bias)
-        with torch.no_grad():
-            for part in range(RATES):
-                self.rates.weight[:, part * classes : (part + 1) * classes] = torch.eye(classes) * (
-                    part != USER_RATES or histories_tell
-                )
-        # Of each class, of late.
-        self.class_counts: Tensor
-        self.register_buffer("class_counts", torch.zeros(classes))
         for embedding in (self.entry_class, self.gap, self.context):
             nn.init.normal_(embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.02)
@@ -218,6 +229,10 @@ class RecommendationNetwork(nn.Module):
             self.mix.bias[0] = INITIAL_NETWORK
             self.mix.bias[1 : 1 + len(TREND_DECAYS)] = INITIAL_TREND
             self.mix.bias[-LIFTS] = INITIAL_LIFT
+        # Last, so that all the rest begins as without them.
+        for block in cast("list[_Block]", list(self.blocks)):
+            block.adapter = Adapter(dimension, adapter_width) if adapter_width else None
+            block.prompt = Prompt(dimension, heads, prompt_length) if prompt_length else None
 
     def states(self, vectors_BLD: Tensor, last_BD: Tensor, histories: Histories) -> Tensor:
         """Compute user states (B, D) from histories and the item vectors of their entries.
@@ -297,35 +312,25 @@ class RecommendationNetwork(nn.Module):
         """Compute logits over feedback classes (..., C) for pairs of a state and an item.
 
         Leading axes must be equal: states and vectors (..., D), standing (..., S), context (..., CONTEXT_WIDTH), rates
-        as `class_rates` has them.
+        are `user_rates` and `rates.item` side by side.
         """
         logits: Tensor = self.rank(torch.cat([states, vectors, states * vectors, standing, context, rates], -1))
-        known: Tensor = self.rates(rates)
+        known: Tensor = self.rates.weigh(rates)
         return logits + known
 
-    def user_counts(self, histories: Histories) -> Tensor:
-        """Count the classes in each history: (B, C)."""
-        return F.one_hot(histories.classes_BL, len(self.class_counts) + 1)[:, :, 1:].sum(1).to(torch.float32)
+    def user_rates(
+        self, histories: Histories, table: ItemTable, context_BP: Tensor, taken_BC: Tensor | None = None
+    ) -> Tensor:
+        """Return what counting says of the class whatever the item is: (B, rates.user_width).
 
-    def class_rates(self, user_counts: Tensor, item_counts: Tensor) -> Tensor:
-        """Compare how often the user and the item had each class with how often it comes: (..., 3 C + 2).
-
-        Logarithms of the rates among all, of the item's and of the user's above them, and of how many there are. Their
-        sum is what naive Bayes predicts, where the head begins.
+        `context_BP` are buckets of context pairs; `taken_BC` is left out of what the items' audiences did.
         """
-        among_all_C = (self.class_counts + 1) / (self.class_counts + 1).sum()
-        parts = [among_all_C.log().expand_as(item_counts)]
-        sizes = []
-        for counts in (item_counts, user_counts):
-            size = counts.sum(-1, keepdim=True)
-            parts.append(torch.log((counts / among_all_C + RATE_PRIOR) / (size + RATE_PRIOR)))
-            sizes.append(torch.log1p(size) / 4)
-        return torch.cat([*parts, *sizes], -1)
-
-    def count_classes(self, class_B: Tensor) -> None:
-        """Count the classes of a batch of feedback."""
-        counts_C = torch.bincount(class_B, minlength=len(self.class_counts))
-        self.class_counts.mul_(CLASS_DECAY ** len(class_B)).add_(counts_C)
+        rows_BL = histories.rows_BL
+        audience_BKC = table.columns["audience"][rows_BL[:, -AUDIENCE_REACH:]]
+        if taken_BC is not None:
+            audience_BKC = (audience_BKC - taken_BC[:, None]).clamp_min(0)
+        counts_BLC = table.columns["classes"][rows_BL]
+        return self.rates.user(histories.classes_BL * (rows_BL != PADDING_ROW), counts_BLC, audience_BKC, context_BP)
 
     def context_vectors(self, buckets_BP: Tensor) -> Tensor:
         """Sum the embeddings of context buckets; -1 is an empty place: (B, CONTEXT_WIDTH)."""
@@ -346,5 +351,8 @@ def build_network(settings: Settings) -> RecommendationNetwork:
             classes=len(settings.classes),
             context_buckets=settings.context_buckets,
             dropout=settings.dropout,
+            worth=[c.worth for c in settings.classes],
             histories_tell=all(c.history for c in settings.classes),
+            adapter_width=settings.adapter_width,
+            prompt_length=settings.prompt_length,
         )

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from threadpoolctl import threadpool_limits
 
 import recsys
+from recsys import traces
 from recsys.batcher import Batcher
 from recsys.catalog import Catalog, CatalogMirror
 from recsys.device import choose
@@ -209,10 +210,15 @@ def run(settings: Settings, shared: Sequence[int] = ()) -> None:
 
     Raises:
         AddressInUse: when a port is taken.
+        SettingsError: when the settings would let strangers in, or name files or exporters that cannot be used.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
+    traces.start(settings, "recsys-server")
     weights = SharedWeights(settings, shared) if shared else None
-    asyncio.run(serve_until_signal(settings, assemble(settings, weights), share_port=bool(shared)))
+    try:
+        asyncio.run(serve_until_signal(settings, assemble(settings, weights), share_port=bool(shared)))
+    finally:
+        traces.stop()
     if weights is not None:
         weights.close()
 

@@ -43,8 +43,11 @@ LEARNING_SETTINGS = {
     *("seed", "batch_size", "replay_size", "replay_capacity", "negatives", "learning_rate", "row_learning_rate"),
     *("weight_decay", "dropout", "gradient_clip", "batches_per_version", "torch_threads"),
     *("batch_seconds", "batch_growth"),
+    *("item_admission", "item_expiry", "max_items"),
     *("trainable", "lora_rank", "optimizer", "average_decay", "anchor_steps", "l2sp_weight", "ewc_weight"),
+    *("adapter_width", "prompt_length", "delayed_feedback"),
     *("distillation_weight", "follow_loss", "squared_error_weight", "bayesian_head"),
+    "drift_boost",
     *("gate", "gate_events", "gate_confidence", "gate_margin", "gate_past_margin", "gate_growth", "gate_holds"),
 }
 
@@ -100,6 +103,15 @@ class Settings(BaseModel):
     )
     trainer_metrics_port: int = Field(
         9465, ge=0, le=65535, description="HTTP port of the trainer's /metrics; 0 takes a free one"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="how the log on stderr is written: logfmt or JSON")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged; debug tells every answer by its recommendation_id"
+    )
+    traces: Literal["off", "on"] = Field(
+        "off",
+        description="record OpenTelemetry traces from request to commit, with the extra otel; the OTEL_* variables say "
+        "where they go and how many (OTEL_TRACES_SAMPLER: all, unless set)",
     )
     reflection: bool = Field(True, description="serve gRPC reflection, for grpcurl and the like")
     transport: Literal["auto", "grpcio", "native"] = Field(
@@ -180,6 +192,22 @@ class Settings(BaseModel):
     heads: int = Field(2, ge=1, le=64, description="attention heads; divides dimension")
     successors: int = Field(64, ge=1, le=1024, description="items remembered as following an item (transition memory)")
     context_buckets: int = Field(1024, ge=1, le=1 << 20, description="rows that context pairs are hashed into")
+    item_admission: int = Field(
+        1, ge=1, le=1_000_000, description="feedback on an item, within the replay window, that it needs to get a row"
+    )
+    item_expiry: int = Field(
+        0,
+        ge=0,
+        description="feedback on others after which an unused item loses its row, once an eighth of all are unused; "
+        "0: never",
+    )
+    max_items: int = Field(
+        0,
+        ge=0,
+        le=1 << 30,
+        description="items with a row when a version begins; past it those unused for longest lose theirs, an eighth "
+        "at once; 0: unbounded",
+    )
 
     # Learning
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -207,12 +235,19 @@ class Settings(BaseModel):
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW, dense part")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the transformer's input and residuals while learning")
     gradient_clip: float = Field(5.0, gt=0, description="largest norm of the dense gradient")
-    trainable: Literal["all", "head", "bias", "lora"] = Field(
+    trainable: Literal["all", "head", "bias", "lora", "adapter", "prompt"] = Field(
         "all",
         description="what learns beside the mixing weights: all; head: the class head alone; bias: biases and item "
-        "rows; lora: low-rank pairs on the blocks' maps, and item rows",
+        "rows; lora: low-rank pairs on the blocks' maps, and item rows; adapter, prompt: what adapter_width or "
+        "prompt_length added, and item rows",
     )
     lora_rank: int = Field(4, ge=1, le=1024, description="rank of each pair (trainable = lora)")
+    adapter_width: int = Field(
+        0, ge=0, le=1024, description="width of an adapter behind the feed-forward of each block; 0: there is none"
+    )
+    prompt_length: int = Field(
+        0, ge=0, le=1024, description="learned vectors before every history, in each block; 0: there are none"
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = Field(
         "adamw", description="of the dense part; sgd has momentum 0.9 and needs a learning_rate of its own"
     )
@@ -221,6 +256,13 @@ class Settings(BaseModel):
     )
     follow_loss: bool = Field(
         False, description="lower the learning rates on a plateau of the prequential loss, raise them on a drift"
+    )
+    drift_boost: float = Field(
+        1.0,
+        ge=1,
+        le=16,
+        description="times the learning rates, and half of the replay from what is recent, while accuracy has fallen "
+        "in a drift and not come back; 1: no response",
     )
     anchor_steps: int = Field(
         256, ge=1, description="steps after which the anchor of the next three moves to the network as it then is"
@@ -234,6 +276,12 @@ class Settings(BaseModel):
     )
     squared_error_weight: float = Field(
         0.0, ge=0, le=1e6, description="of the squared error of the expected worth, for classes in an order"
+    )
+    delayed_feedback: Literal["none", "weighted", "corrected"] = Field(
+        "corrected",
+        description="when feedback follows an impression with its recommendation_id, user and item: corrected: what "
+        "was learned of the impression is taken back; weighted: all feedback is weighted for such (Ktena et al. 2019); "
+        "none: both are learned",
     )
     bayesian_head: bool = Field(
         False, description="learn beside the class head how sure it is (online Laplace on its last layer)"
@@ -321,6 +369,9 @@ class Settings(BaseModel):
             raise ValueError(f"heads: {self.heads} does not divide dimension {self.dimension}")
         if self.history_length > self.history_limit:
             raise ValueError(f"history_length: {self.history_length} is above history_limit {self.history_limit}")
+        for trainable, added in (("adapter", "adapter_width"), ("prompt", "prompt_length")):
+            if self.trainable == trainable and not getattr(self, added):
+                raise ValueError(f"trainable: {trainable} needs {added} above 0")
         return self
 
     @model_validator(mode="after")
@@ -338,9 +389,23 @@ class Settings(BaseModel):
         return self
 
     @property
+    def bounded_items(self) -> bool:
+        """Return whether an item may be without a row after feedback on it."""
+        return self.item_admission > 1 or self.item_expiry > 0 or self.max_items > 0
+
+    @property
     def class_index(self) -> dict[str, int]:
         """Map a class name to its index in `classes`."""
         return {c.name: i for i, c in enumerate(self.classes)}
+
+    @property
+    def provisional_class(self) -> int | None:
+        """Return the index of the class that other feedback may follow and correct: that of an impression.
+
+        The first that is neither positive nor enters histories; None without one, or where nothing is corrected.
+        """
+        found = (i for i, c in enumerate(self.classes) if not c.positive and not c.history)
+        return None if self.delayed_feedback == "none" else next(found, None)
 
     def redacted(self) -> dict[str, Any]:
         """Return every setting as JSON takes it, with a mask for the password in `redis_url`."""
@@ -406,6 +471,15 @@ def load(
         return Settings(**values)
     except ValidationError as error:
         raise SettingsError(_explain(error, origin)) from None
+
+
+def trace_exporters(environment: dict[str, str] | None = None) -> list[str]:
+    """Name the exporters that OpenTelemetry's variables ask for, as packages offer them; OTLP when they say nothing."""
+    environment = dict(os.environ) if environment is None else environment
+    protocol = environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    otlp = "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
+    names = [name.strip() for name in (environment.get("OTEL_TRACES_EXPORTER") or "otlp").split(",")]
+    return [otlp if name == "otlp" else name for name in names if name not in ("", "none")]
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

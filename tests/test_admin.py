@@ -180,14 +180,17 @@ def _commit(store: WeightStore, parent: int, served: WeightPayload, own: WeightP
 
 
 def test_any_version_is_restored_from_any_other_whatever_items_each_has(settings: Settings) -> None:
-    """Versions that grow and rollbacks that shrink, one after the other: followers end where the version stood."""
+    """Versions that grow, rows that are passed on, and rollbacks that shrink: followers end where the version stood."""
     base = small(settings)
     with connect(base) as client:
         store = WeightStore(client, base)
         store.acquire()
         followed, made = Replica(base, CPU), Replica(base, CPU)
+        # Enough of them that what changed costs less than everything.
+        made.table.allocate(f"item-{number}" for number in range(5000))
         stood: dict[int, bytes] = {}
-        own = WeightPayload(whole=True, columns={"own": np.zeros(1, np.float32)}, rows=np.zeros(1, np.int32))
+        every = np.arange(made.table.rows, dtype=np.int32)
+        own = WeightPayload(whole=True, columns={"own": np.zeros(len(every), np.float32)}, rows=every)
         last = _commit(store, 0, made.write_all(), own)
         draw = np.random.default_rng(1)
 
@@ -207,13 +210,18 @@ def test_any_version_is_restored_from_any_other_whatever_items_each_has(settings
                 assert encode(made.write_all()) == stood[last]
                 assert len(put_together(store, last)[2].rows) == made.table.rows
                 continue
-            first = made.table.rows
-            made.table.allocate([f"item-{turn}-{number}" for number in range(int(draw.integers(0, 4)))])
-            changed = np.unique(np.concatenate([draw.integers(0, first, 2), np.arange(first, made.table.rows)]))
-            rows = torch.from_numpy(changed.astype(np.int64))
+            ids = list(made.table.item_ids)
+            gone = np.unique(draw.integers(1, 60, 3 * int(draw.integers(0, 2))))
+            made.table.remove(gone[~np.isin(gone, made.table.free_rows)])
+            # Some of those that were gone come back.
+            coming = draw.integers(-80, 80, int(draw.integers(0, 6)))
+            made.table.allocate(f"item-{number}" for number in coming.tolist())
+            named = [row for row, item_id in enumerate(made.table.item_ids) if ids[row : row + 1] != [item_id]]
+            used = np.flatnonzero(np.array(made.table.item_ids, bool))
+            rows = torch.from_numpy(np.union1d(draw.choice(used, 2), named).astype(np.int64))
             made.table.columns["vector"][rows] += 1.0
             made.table.clock += 1
-            served = made.write(rows, [(made.table.item_ids[row], row) for row in range(first, made.table.rows)])
+            served = made.write(rows, [(made.table.item_ids[row], row) for row in named])
             last = _commit(
                 store, last, served, WeightPayload({}, served.rows, {"own": np.ones(len(served.rows), np.float32)})
             )

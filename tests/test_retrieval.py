@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recsys.item_table import TRANSITION_REACH, ItemTable
 from recsys.network import STANDINGS, Histories, RecommendationNetwork, build_network
+from recsys.scorer.items import Items
 from recsys.scorer.retrieval import GROUP, HIDDEN, MASK_FROM, STRETCH, TOGETHER, Hidden, Retrieval, largest, own_rows
 from recsys.settings import Settings
 
@@ -83,6 +84,11 @@ class World:
         lifts = self.network.lifts(self.transitions, self.table.rows)
         return self.network.scores(weights, states, vectors, self.standing, lifts)
 
+    def items(self) -> Items:
+        """Return what a version would hold of the items."""
+        vectors = self.table.column("vector")
+        return Items(vectors, self.standing, vectors[0], self.standing[0], None, np.zeros(0))
+
     def users(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the vectors, and the mixing weights and states of the users."""
         vectors, rows_BL = self.table.column("vector"), self.histories.rows_BL
@@ -101,8 +107,8 @@ def test_scores_are_those_of_the_network(settings: Settings, items: int, users: 
         world = World(small(settings, dimension=16, history_length=8), items, users, seed)
         expected = world.expected()
         with torch.inference_mode():
-            vectors, weights, states = world.users()
-            retrieval.install(vectors, world.standing)
+            _, weights, states = world.users()
+            retrieval.install(world.items(), world.table)
             lifts = retrieval.lifts(world.transitions)
             found = retrieval.scores(weights, states, lifts)
             assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
@@ -120,7 +126,7 @@ def test_lifts_of_rows_are_those_of_the_network(settings: Settings) -> None:
     world = World(small(settings, dimension=16, history_length=8), 200, 5, 1)
     dense = world.network.lifts(world.transitions, world.table.rows)
     retrieval = Retrieval(CPU)
-    retrieval.install(world.table.column("vector"), world.standing)
+    retrieval.install(world.items(), world.table)
     lifts = retrieval.lifts(world.transitions)
     with torch.inference_mode():
         retrieval.scores(*world.users()[1:], lifts)

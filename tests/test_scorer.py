@@ -170,16 +170,26 @@ class Plain:
                     found.setdefault(item, {})[row] = found.get(item, {}).get(row, 0.0) + by
         return found
 
-    def rates(self, user: list[str], row: int) -> list[float]:
-        """Return how often each class comes, how much more often here, and of how many."""
-        classes = self.settings.classes
-        counts = self.replica.network.class_counts.tolist()
+    def rates(self, entries: list[int], buckets: list[int], row: int) -> list[float]:
+        """Return how often each class comes, and how much more often with these entries, this context and item."""
+        counts = self.replica.network.rates.class_counts.tolist()
         among = [(count + 1) / (sum(counts) + len(counts)) for count in counts]
-        found, sizes = [math.log(rate) for rate in among], []
-        for own in (self.columns["classes"][row], [user.count(c.name) for c in classes]):
-            sizes.append(math.log1p(sum(own)) / 4)
-            found += [math.log((n / rate + 5) / (sum(own) + 5)) for n, rate in zip(own, among, strict=True)]
-        return found + sizes
+
+        def above(own: list[float]) -> list[float]:
+            return [math.log((n / rate + 5) / (sum(own) + 5)) for n, rate in zip(own, among, strict=True)]
+
+        def mean(rows: list[list[float]]) -> list[float]:
+            return [sum(each) / len(rows) for each in zip(*rows, strict=True)] if rows else [0.0] * len(among)
+
+        audience = mean([above(self.columns["audience"][each]) for each in entries[-10:]])
+        context = mean([above(self.replica.network.rates.context_counts[bucket].tolist()) for bucket in buckets])
+        own, worth = self.columns["classes"][row], [c.worth for c in self.settings.classes]
+        mean_worth = sum(rate * each for rate, each in zip(among, worth, strict=True))
+        variance = sum(rate * (each - mean_worth) ** 2 for rate, each in zip(among, worth, strict=True))
+        smooth = [(n + 5 * rate) / (sum(own) + 5) for n, rate in zip(own, among, strict=True)]
+        deviation = (sum(rate * each for rate, each in zip(smooth, worth, strict=True)) - mean_worth) / variance
+        of_user = [*map(math.log, among), *audience, *context, 0.0, math.log1p(len(entries)) / 4]
+        return [*of_user, *above(own), deviation, math.log1p(sum(own)) / 4]
 
     @torch.no_grad()
     def scores(self, query: Query) -> tuple[list[float], list[float], list[list[float]]]:
@@ -202,7 +212,11 @@ class Plain:
         vectors = table.columns["vector"][: len(self.ids)]
         state = network.states(vectors[histories.rows_BL], vectors[histories.rows_BL[:, -1]], histories)[0]
         weights = network.mixing_weights(histories)[0].tolist()
-        context = network.context_vectors(torch.from_numpy(encode_contexts([query.context], settings)))[0]
+        encoded = torch.from_numpy(encode_contexts([query.context], settings))
+        context, buckets = (
+            network.context_vectors(encoded)[0],
+            [bucket for bucket in encoded[0].tolist() if bucket >= 0],
+        )
         standing, looks = self.standing(), (self.follows(rows, 0.5), self.follows(rows, 2.5))
         scores, final, parts = [], [], []
         for row in range(len(self.ids)):
@@ -214,7 +228,7 @@ class Plain:
             )
             parts.append([network_part, follows_part, standing_part])
             score = network_part + follows_part + standing_part
-            rates = torch.tensor(self.rates([e.feedback_class for e in known], row))
+            rates = torch.tensor(self.rates(rows, buckets, row))
             logits = network.class_logits(state, vectors[row], torch.tensor(standing[row]), context, rates)
             worth = sum(p * c.worth for p, c in zip(logits.softmax(0).tolist(), settings.classes, strict=True))
             scores.append(score)

@@ -22,6 +22,7 @@ from recsys.errors import CorruptWeights
 from recsys.settings import Settings, load
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights import WeightPayload, encode
+from recsys.weights import shared as shared_module
 from recsys.weights.replica import CLOCK, Replica
 from recsys.weights.shared import SharedWeights, create
 
@@ -60,19 +61,27 @@ def rows_of(version: int) -> int:
     return 2 + version % 7 * 300
 
 
+def item_of(version: int, row: int) -> str:
+    """Tell which item has a row: most keep it for a while, some pass it on with every version, some leave it free."""
+    if row % 11 == version % 11:
+        return ""
+    return f"item-{version // 7}-{row}" if row % 5 else f"item-{version}-{row}"
+
+
 def whole(settings: Settings, version: int) -> WeightPayload:
     replica = Replica(settings, CPU)
-    replica.table.extend([f"item-{version // 7}-{row}" for row in range(1, rows_of(version))])
+    replica.table.extend([item_of(version, row) for row in range(1, rows_of(version))])
     return filled(replica, version).write_all()
 
 
 def change(settings: Settings, version: int) -> WeightPayload:
     """Make what leads from the version before to this one: every number is another."""
     made = whole(settings, version)
-    before = rows_of(version - 1)
     if version % 7 == 0:
         return replace(made, whole=False, kept_rows=1)
-    return replace(made, whole=False, new_items=made.new_items[before - 1 :])
+    before = [item_of(version - 1, row) for row in range(1, rows_of(version - 1))]
+    after = [(item_id, row) for item_id, row in made.new_items if before[row - 1 : row] != [item_id]]
+    return replace(made, whole=False, new_items=after)
 
 
 def check(shared: SharedWeights, settings: Settings) -> int:
@@ -84,7 +93,7 @@ def check(shared: SharedWeights, settings: Settings) -> int:
         version = shared.record.version
         expected = whole(settings, version)
         assert encode(shared.replica.write_all()) == encode(expected)
-        assert all(shared.replica.table.row(item_id) == row for item_id, row in expected.new_items)
+        assert all(shared.replica.table.row(item_id) == row for item_id, row in expected.new_items if item_id)
         return version
 
 
@@ -92,7 +101,11 @@ def record(version: int) -> VersionRecord:
     return VersionRecord(version=version, chain=bytes(version % 100))
 
 
-def test_one_process_moves_and_all_see_it(small: Settings, memory: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("least_given", [0, shared_module.LEAST_GIVEN])
+def test_one_process_moves_and_all_see_it(
+    small: Settings, memory: tuple[int, ...], least_given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_module, "LEAST_GIVEN", least_given)
     first, second = SharedWeights(small, memory), SharedWeights(small, memory)
     assert (check(first, small), check(second, small)) == (0, 0)
     assert (first.leads(), second.leads(), first.leads()) == (True, False, True)

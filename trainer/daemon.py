@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from torch import Tensor
 
 import recsys
+from recsys import traces
 from recsys.device import choose
 from recsys.errors import AddressInUse, OtherVersionCameFirst, StoreFull, StoreUnavailable
 from recsys.feedback_log import FeedbackLog, LogEntry, position_key
@@ -104,6 +105,7 @@ class Daemon:
         """Begin the version after `head`."""
         self._learning.begin(head, changed)
         self._read_ms: list[int] = []
+        self._sources = traces.Sources()
         self._learn_seconds = 0.0
         # When the version's first feedback was read, on `clock`; whether a tick that will close it was appended.
         self._waiting_since: float | None = None
@@ -148,6 +150,8 @@ class Daemon:
 
     def _take(self, entry: LogEntry) -> None:
         started = self._clock()
+        if entry.record is not None:
+            self._sources.add(entry.record.traceparent)
         outcome = self._learning.take(entry)
         self._learn_seconds += self._clock() - started
         if outcome is Outcome.COMPLETE:
@@ -169,7 +173,8 @@ class Daemon:
         # Until the commit stands the learner is ahead of the store and must not go on.
         self._ahead = True
         changed = self.learner.take_changed()
-        head = self._publisher.publish(self.learner, changed, learning.lineage(learned_ms))
+        with traces.learned(self._sources, learning.head.version + 1):
+            head = self._publisher.publish(self.learner, changed, learning.lineage(learned_ms))
         self._ahead = False
         count = len(learning.accepted_ms)
         if committed := self._committed.add({"versions": 1, "feedback": count, "bytes": head.bytes}):
@@ -262,8 +267,10 @@ def run(settings: Settings) -> None:
 
     Raises:
         AddressInUse: when the metrics' port is taken.
+        SettingsError: when the environment names an exporter of traces that is not installed.
         FencedOff: when another trainer takes over.
     """
+    traces.start(settings, "recsys-trainer")
     torch.set_num_threads(settings.torch_threads)
     device = choose(settings.device)
     registry = CollectorRegistry()
@@ -288,6 +295,7 @@ def run(settings: Settings) -> None:
             daemon.run()
             tell(_log, logging.INFO, "stopped", version=daemon.version)
     finally:
+        traces.stop()
         daemon.close()
         server.shutdown()
         server.server_close()

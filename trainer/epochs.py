@@ -83,6 +83,7 @@ def _small(examples: Examples) -> Examples:
         examples.item_B,
         examples.class_B,
         examples.context_BP.astype(np.int32),
+        examples.impression_B,
     )
 
 

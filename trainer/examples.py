@@ -6,7 +6,7 @@ Shapes: B examples, L history length, P context places.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,20 +14,26 @@ import numpy.typing as npt
 import torch
 
 from recsys.encoding import Array, RowHistory, encode_contexts, encode_histories, to_histories
+from recsys.item_table import PADDING_ROW
 from recsys.network import Histories
 from recsys.settings import Settings
+from trainer.impressions import NONE, Impressions
 
 T = TypeVar("T")
+Integers = npt.NDArray[np.integer]
+# Examples looked at together for items that are gone, so that it takes little memory.
+FORGOTTEN_AT_ONCE = 4096
 
 
 class Event(NamedTuple):
-    """One feedback in rows: its item, class index, time, history before it, and context."""
+    """One feedback in rows: its item, class index, time, history before it, context, and key of its impression."""
 
     row: int
     feedback_class: int
     time_ms: int
     history: RowHistory
     context: Mapping[str, str]
+    impression: int = NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class Examples:
     class_B: Array
     # Context buckets, -1 where empty.
     context_BP: Array
+    # See trainer.impressions.
+    impression_B: Array
 
     def __len__(self) -> int:
         return len(self.item_B)
@@ -49,9 +57,24 @@ class Examples:
         """Return the histories as tensors on `device`."""
         return to_histories((self.rows_BL, self.classes_BL, self.gaps_BL), device)
 
-    def take(self, index: npt.NDArray[np.integer]) -> Examples:
+    def take(self, index: Integers) -> Examples:
         """Return the examples at `index`, in its order."""
         return Examples(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def without(self, gone_BL: npt.NDArray[np.bool_], gone_B: npt.NDArray[np.bool_]) -> Examples:
+        """Return the same without some history entries, over which later ones close up, and without some items."""
+        histories = close_up((self.rows_BL, self.classes_BL, self.gaps_BL), gone_BL)
+        rows_BL, classes_BL, gaps_BL = histories
+        item_B = np.where(gone_B, PADDING_ROW, self.item_B)
+        return replace(self, rows_BL=rows_BL, classes_BL=classes_BL, gaps_BL=gaps_BL, item_B=item_B)
+
+
+def close_up(histories: Sequence[Integers], gone_BL: npt.NDArray[np.bool_]) -> list[Array]:
+    """Leave entries out of the rows, classes and gaps of histories, as if they had not been encoded."""
+    kept_BL = (histories[0] != PADDING_ROW) & ~gone_BL
+    # What is kept stands at the end, in its order.
+    order_BL = np.argsort(kept_BL, axis=1, kind="stable")
+    return [np.take_along_axis(np.where(kept_BL, each, 0).astype(np.int64), order_BL, 1) for each in histories]
 
 
 def join(parts: Sequence[Examples]) -> Examples:
@@ -66,16 +89,32 @@ def encode(events: Sequence[Event], settings: Settings) -> Examples:
         np.array([e.row for e in events], np.int64),
         np.array([e.feedback_class for e in events], np.int64),
         encode_contexts([e.context for e in events], settings),
+        np.array([e.impression for e in events], np.int64),
     )
 
 
+class Followed(NamedTuple):
+    """M examples of a batch that follow an impression of their own: their places in it, and the impressions.
+
+    The example added last is 1 old; at 0 and below are those of the batch itself, in its order.
+    """
+
+    place_M: Array
+    impressions: Examples
+    age_M: Array
+
+
 class ReplayWindow:
-    """Keep the last `capacity` examples; the same examples in the same order give the same draws."""
+    """Keep the last `capacity` examples; the same examples in the same order give the same draws.
+
+    What is drawn may be without an item: row 0.
+    """
 
     def __init__(self, settings: Settings) -> None:
         capacity, length = settings.replay_capacity, settings.history_length
         self._capacity = capacity
         self._added = 0
+        self._impressions = Impressions(settings)
         shapes = {
             "rows_BL": ((length,), np.int32),
             "classes_BL": ((length,), np.uint8),
@@ -83,8 +122,9 @@ class ReplayWindow:
             "item_B": ((), np.int32),
             "class_B": ((), np.uint8),
             "context_BP": ((settings.max_context,), np.int32),
+            "impression_B": ((), np.int64),
         }
-        self._arrays: dict[str, npt.NDArray[np.integer]] = {
+        self._arrays: dict[str, Integers] = {
             name: np.zeros((capacity, *shape), dtype) for name, (shape, dtype) in shapes.items()
         }
 
@@ -96,15 +136,51 @@ class ReplayWindow:
         places = (self._added + np.arange(len(examples))) % self._capacity
         for name, array in self._arrays.items():
             array[places] = getattr(examples, name)
+        self._impressions.add(examples.impression_B, examples.class_B, self._added)
         self._added += len(examples)
 
-    def draw(self, count: int, random: np.random.Generator) -> Examples:
-        """Draw `count` examples uniformly, with replacement; none while the window is empty."""
-        size = len(self)
-        # By age, so that a window rebuilt from the log alone gives the same draws whatever its first place was.
-        age = random.integers(1, size + 1, count if size else 0)
-        places = (self._added - age) % self._capacity
+    def followed(self, examples: Examples) -> Followed | None:
+        """Return which of the examples, not yet added, follow an impression in the window or among them, if any do."""
+        number_B = self._impressions.find(examples.impression_B, examples.class_B, self._added)
+        place_M = np.flatnonzero(number_B >= 0)
+        if not len(place_M):
+            return None
+        age_M = self._added - number_B[place_M]
+        before_M = age_M > 0
+        index_M = np.where(before_M, len(examples) + np.cumsum(before_M) - 1, -age_M)
+        return Followed(place_M, join([examples, self._aged(age_M[before_M])]).take(index_M), age_M)
+
+    def of_item(self, row: int) -> tuple[Array, Array, Array]:
+        """Return ages, classes and impressions' keys of all feedback on an item in the window."""
+        places = np.flatnonzero(self._arrays["item_B"][: len(self)] == row)
+        ages = (self._added - 1 - places) % self._capacity + 1
+        class_E, key_E = (self._arrays[name][places].astype(np.int64) for name in ("class_B", "impression_B"))
+        return ages.astype(np.int64), class_E, key_E
+
+    def _aged(self, age_M: Array) -> Examples:
+        places = (self._added - age_M) % self._capacity
         return Examples(**{name: array[places].astype(np.int64) for name, array in self._arrays.items()})
+
+    def forget(self, gone_I: npt.NDArray[np.bool_]) -> None:
+        """Leave the items of some rows out of all that is kept; `gone_I` tells of each row of the table."""
+        size = len(self)
+        for first in range(0, size, FORGOTTEN_AT_ONCE):
+            here = slice(first, min(first + FORGOTTEN_AT_ONCE, size))
+            item_B, rows_BL = self._arrays["item_B"][here], self._arrays["rows_BL"][here]
+            item_B[gone_I[item_B]] = PADDING_ROW
+            gone_BL = gone_I[rows_BL]
+            lines = np.flatnonzero(gone_BL.any(1))
+            histories = [self._arrays[name][here] for name in ("rows_BL", "classes_BL", "gaps_BL")]
+            for array, closed in zip(
+                histories, close_up([each[lines] for each in histories], gone_BL[lines]), strict=True
+            ):
+                array[lines] = closed
+
+    def draw(self, count: int, random: np.random.Generator, newest: int | None = None) -> Examples:
+        """Draw `count` of the `newest` examples (default all) uniformly, with replacement; none when there are none."""
+        size = len(self) if newest is None else min(newest, len(self))
+        # By age, so that a window rebuilt from the log alone gives the same draws whatever its first place was.
+        return self._aged(random.integers(1, size + 1, count if size else 0))
 
 
 def batches(stream: Iterable[T], size: int) -> Iterator[list[T]]:

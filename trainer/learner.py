@@ -3,7 +3,8 @@
 One step is a pure function of the weights, the batch, the replay window and the step's number; on one CPU type,
 torch version and thread count it repeats bit for bit.
 
-Shapes as in recsys.network; N sampled negatives, U distinct rows of a step, X new and replayed examples together.
+Shapes as in recsys.network; N sampled negatives, U distinct rows of a step, E new examples, X those, replayed ones
+and impressions together, of which M were followed.
 """
 
 from __future__ import annotations
@@ -20,18 +21,23 @@ from torch.nn import functional as F
 from recsys.encoding import to_tensor
 from recsys.errors import CorruptWeights
 from recsys.item_table import TRANSITION_REACH, ItemTable
-from recsys.network import RecommendationNetwork
+from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
 from recsys.weights import WeightPayload
+from recsys.weights.payload import NewItems
 from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
-from trainer.examples import Examples, ReplayWindow, join
+from trainer.drift import DRIFT, Drift
+from trainer.examples import Examples, Followed, ReplayWindow, join
+from trainer.hindsight import Hindsight
 from trainer.prequential import MASKED, Prequential, StepReport
 from trainer.strategies import Strategies
 
 ADAGRAD_EPSILON = 1e-10
 SQUARED_GRADIENT = "squared_gradient"
 STEPS = "steps"
+# Of the replay window, the newest examples that a response to a drift draws half of its replay from.
+RECENT_REPLAY = 2048
 # Of the feedback classes' loss, beside that over items.
 CLASS_LOSS_WEIGHT = 1.0
 
@@ -64,8 +70,13 @@ class Learner:
         self.window = ReplayWindow(settings)
         self.steps = 0
         self._changed: list[Tensor] = []
+        # Rows that got or lost an item: of the changes that were taken last, and since.
+        self._named_taken: list[int] = []
+        self._named: list[int] = []
         self.strategies = Strategies(settings, self.network)
+        self.drift = Drift(settings)
         self.prequential = Prequential(settings, self.network, self.table)
+        self._provisional = settings.provisional_class
         self._positive = np.array([c.positive for c in settings.classes])
         self._positive_C = torch.tensor([c.positive for c in settings.classes], device=device)
 
@@ -86,9 +97,12 @@ class Learner:
             report, mix_loss, batch = StepReport.untested(len(examples)), torch.zeros((), device=self.device), examples
         else:
             report, mix_loss = self.prequential.test(examples, seen, standing_IS)
-            batch = join([examples, self.window.draw(self.settings.replay_size, random)])
+            batch = join([examples, *self._replayed(random)])
+        followed = None if again else self.window.followed(examples)
+        if followed is not None:
+            batch = join([batch, followed.impressions])
         with self.strategies.learning(self.steps):
-            losses = self._loss(batch, len(examples), standing_IS, random)
+            losses = self._loss(batch, len(examples), followed, standing_IS, random)
             loss = losses.total
             torch.autograd.backward(loss)
             norm = self.strategies.clip(len(batch))
@@ -101,8 +115,9 @@ class Learner:
                 return report
             self._apply(losses, report, 0 if again else len(examples))
         if not again:
-            self._count(examples)
-            self.window.add(examples)
+            self._count(examples, followed)
+            self.remember(examples, self.table.clock)
+            report.drifted = self.drift.observe(examples, report, len(self.table))
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.losses = {
             "total": float(loss.detach()),
@@ -111,6 +126,16 @@ class Learner:
         }
         report.gradient_norm = float(norm)
         return report
+
+    def _replayed(self, random: np.random.Generator) -> list[Examples]:
+        """Draw what is replayed; while a drift is responded to, half of it from what is recent, and learn faster."""
+        count, boost = self.settings.replay_size, self.settings.drift_boost
+        responding = boost > 1 and self.drift.responding
+        self.strategies.boost = boost if responding else 1.0
+        if not responding:
+            return [self.window.draw(count, random)]
+        recent = self.window.draw(count // 2, random, RECENT_REPLAY)
+        return [recent, self.window.draw(count - count // 2, random)]
 
     def learn_mixing(self, examples: Examples, seen: list[np.ndarray] | None = None) -> StepReport:
         """Test a batch, and learn from it the weights that mix the score's parts, and nothing else."""
@@ -125,13 +150,51 @@ class Learner:
     def allocate(self, item_ids: Iterable[str]) -> None:
         """Give rows to the items that have none."""
         if new := self.table.allocate(item_ids):
-            first, last = new[0][1], new[-1][1]
-            self._changed.append(torch.arange(first, last + 1, device=self.device))
+            rows = [row for _, row in new]
+            self._changed.append(torch.tensor(rows, device=self.device))
+            self._named.extend(rows)
+
+    def free(self, rows_R: np.ndarray) -> None:
+        """Take the rows, ascending, from their items; nothing of these is left, in the replay window either."""
+        self._changed.append(self.table.remove(rows_R))
+        self._named.extend(rows_R.tolist())
+        gone_I = np.zeros(self.table.rows, np.bool_)
+        gone_I[rows_R] = True
+        self.window.forget(gone_I)
+
+    def remember(self, examples: Examples, clock: int) -> None:
+        """Put examples into the replay window; `clock` is the table's after the last of them.
+
+        Where rows pass from item to item, what got its row later is left out, so that it is the same after a restart.
+        """
+        if self.table.dated:
+            clock_B = np.arange(clock - len(examples), clock) + 1
+            later_BL, later_B = (
+                # Synchronises with the GPU: the replay window is the host's.
+                self.table.columns["first"][to_tensor(rows, self.device)].cpu().numpy() >= clocks
+                for rows, clocks in ((examples.rows_BL, clock_B[:, None]), (examples.item_B, clock_B))
+            )
+            if later_BL.any() or later_B.any():
+                examples = examples.without(later_BL, later_B)
+        self.window.add(examples)
+
+    def named(self) -> NewItems:
+        """Return the rows that got or lost an item lately with what they hold, in ascending order.
+
+        Lately is since the last call of `take_changed` but one.
+        """
+        rows = sorted({*self._named_taken, *self._named})
+        return NewItems([self.table.item_ids[row] for row in rows], rows)
 
     def write(self, rows: Tensor, first_new: int) -> tuple[WeightPayload, WeightPayload]:
-        """Write what servers need and what only a trainer needs: dense parts, `rows`, items from `first_new`."""
+        """Write what servers need and what only a trainer needs: dense parts, `rows`, items from `first_new`.
+
+        Items that got or lost one of the rows before it are written too, if `rows` are what was taken last.
+        """
         dense: dict[str, np.ndarray] = {STEPS: np.array([self.steps], np.int64), **self.strategies.write()}
-        served = self.replica.write(rows, items_of(self.table, first_new))
+        dense |= self.drift.write()
+        passed_on = self.named().split(first_new)[0]
+        served = self.replica.write(rows, [*passed_on, *items_of(self.table, first_new)])
         columns = {SQUARED_GRADIENT: to_array(self.table.columns[SQUARED_GRADIENT][rows])}
         return served, WeightPayload(dense, served.rows, columns)
 
@@ -148,11 +211,13 @@ class Learner:
         """
         self._check(own)
         self.replica.apply(served)
+        self._named_taken, self._named = [], []
         self.steps = int(own.dense[STEPS][0])
         rows = from_array(own.rows, self.device).to(torch.int64)
         accumulated = from_array(own.columns[SQUARED_GRADIENT], self.device)
         self.table.columns[SQUARED_GRADIENT].index_copy_(0, rows, accumulated)
         self.strategies.restore(own.dense)
+        self.drift.restore(own.dense)
 
     def _check(self, own: WeightPayload) -> None:
         """Refuse a trainer's payload that does not fit; nothing is changed."""
@@ -160,20 +225,36 @@ class Learner:
             raise CorruptWeights("the trainer's part of the weights does not fit the settings")
         fits(STEPS, own.dense[STEPS], (1,), torch.int64)
         fits(SQUARED_GRADIENT, own.columns[SQUARED_GRADIENT], (len(own.rows),), torch.float32)
-        self.strategies.check({name: array for name, array in own.dense.items() if name != STEPS})
+        self.drift.check(own.dense)
+        self.strategies.check({name: array for name, array in own.dense.items() if name not in (STEPS, DRIFT)})
 
     def take_changed(self) -> Tensor:
         """Return the rows changed since the last call, ascending, and start anew."""
-        changed, self._changed = self._changed, []
-        return torch.unique(torch.cat(changed)) if changed else torch.zeros(0, dtype=torch.int64, device=self.device)
+        changed, self._changed = self.changed(), []
+        self._named_taken, self._named = self._named, []
+        return changed
 
-    def _loss(self, examples: Examples, new: int, standing_IS: Tensor, random: np.random.Generator) -> _Losses:
-        """Compute the losses of a batch of which the first `new` are not replayed; classes are learned from these."""
+    def changed(self) -> Tensor:
+        """Return the rows changed since they were taken last, ascending."""
+        if self._changed:
+            self._changed = [torch.unique(torch.cat(self._changed))]
+        return self._changed[0] if self._changed else torch.zeros(0, dtype=torch.int64, device=self.device)
+
+    def _loss(
+        self,
+        examples: Examples,
+        new: int,
+        followed: Followed | None,
+        standing_IS: Tensor,
+        random: np.random.Generator,
+    ) -> _Losses:
+        """Compute the losses of a batch: `new` examples, what is replayed, and the impressions that were followed."""
         self.network.train()
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
         class_X = to_tensor(examples.class_B, self.device)
-        negative_N = to_tensor(random.integers(1, self.table.rows, self.settings.negatives), self.device)
+        drawn_N = random.integers(1, max(1, len(self.table)) + 1, self.settings.negatives)
+        negative_N = to_tensor(self.table.used_rows(drawn_N), self.device)
         every = torch.cat([histories.rows_BL.reshape(-1), item_X, negative_N])
         rows_U, inverse = torch.unique(every, return_inverse=True)
         vectors_UD = self.table.columns["vector"][rows_U].requires_grad_(self.strategies.rows)
@@ -183,22 +264,52 @@ class Learner:
         vectors_XLD = F.embedding(index_BL, vectors_UD)
         states_XD = self.network.states(vectors_XLD, last_XD, histories)
         items_XD = F.embedding(inverse[places : places + count], vectors_UD)
-        positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0)
+        # Items without a row are not learned.
+        positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0) & (item_X != 0)
         negatives_ND = F.embedding(inverse[places + count :], vectors_UD)
         item_loss = self._item_loss(states_XD, items_XD, negatives_ND, item_X, negative_N, positive_X)
-        # What is replayed was counted already, and what the head knows by heart it would take for certain.
-        class_logits_XC = self.network.class_logits(
-            states_XD[:new].detach(),
-            items_XD[:new].detach(),
-            standing_IS[item_X[:new]],
-            self.network.context_vectors(to_tensor(examples.context_BP[:new], self.device)),
-            self.network.class_rates(
-                self.network.user_counts(histories)[:new], self.table.columns["classes"][item_X[:new]]
-            ),
-        )
-        class_loss = self.strategies.class_loss(class_logits_XC, class_X[:new])
+        states = states_XD.detach(), items_XD.detach()
+        class_loss = self._class_loss(examples, new, followed, histories, states, standing_IS)
         extra = self.strategies.distillation(histories, vectors_XLD, states_XD, negatives_ND)
         return _Losses(rows_U, vectors_UD, item_loss, class_loss, extra)
+
+    def _class_loss(
+        self,
+        examples: Examples,
+        new: int,
+        followed: Followed | None,
+        histories: Histories,
+        states: tuple[Tensor, Tensor],
+        standing_IS: Tensor,
+    ) -> Tensor:
+        """Compute the loss over the classes of the first `new` examples; `states` are those of users and items.
+
+        What is replayed was counted already, and what the head knows by heart it would take for certain. What follows
+        an impression says what became of that one: the class is learned where the impression was given.
+        """
+        rows_E, followed_E, taken_EC = np.arange(new), None, None
+        item_E, class_E = (to_tensor(array[:new], self.device) for array in (examples.item_B, examples.class_B))
+        counts_EC, standing_ES = self.table.columns["classes"][item_E], standing_IS[item_E]
+        if followed is not None and self._provisional is not None:
+            place_M = to_tensor(followed.place_M, self.device)
+            rows_E[followed.place_M] = np.arange(len(examples) - len(place_M), len(examples))
+            followed_E = torch.zeros(new, device=self.device).index_fill_(0, place_M, 1.0)
+            taken_EC = torch.zeros_like(counts_EC)
+            taken_EC[place_M, self._provisional] = 1.0
+            hindsight = Hindsight(self.window, self.table, self._positive, self._provisional)
+            known = counts_EC[place_M], standing_ES[place_M]
+            counts_EC[place_M], standing_ES[place_M] = hindsight.look(followed, item_E[place_M], *known)
+        index_E = to_tensor(rows_E, self.device)
+        context_EP = to_tensor(examples.context_BP[rows_E], self.device)
+        user_ER = self.network.user_rates(histories.take(index_E), self.table, context_EP, taken_EC)
+        logits_EC = self.network.class_logits(
+            states[0][index_E],
+            states[1][:new],
+            standing_ES,
+            self.network.context_vectors(context_EP),
+            torch.cat([user_ER, self.network.rates.item(counts_EC)], 1),
+        )
+        return self.strategies.class_loss(logits_EC, class_E, followed_E)
 
     def _item_loss(
         self,
@@ -211,7 +322,7 @@ class Learner:
     ) -> Tensor:
         """Sampled softmax: each uniform negative stands for (items / N) others; the positive is there for certain."""
         own_X1 = (states_XD * items_XD).sum(1, keepdim=True)
-        others_XN = states_XD @ negatives_ND.T + math.log(len(self.table) / len(negative_N))
+        others_XN = states_XD @ negatives_ND.T + math.log(max(1, len(self.table)) / len(negative_N))
         others_XN = others_XN.masked_fill(negative_N == item_X[:, None], MASKED)
         loss_X = torch.cat([own_X1, others_XN], 1).logsumexp(1) - own_X1[:, 0]
         return (loss_X * positive_X).sum() / positive_X.sum().clamp_min(1)
@@ -234,13 +345,21 @@ class Learner:
         table.columns["vector"].index_copy_(0, rows_U, vectors_UD)
         self._changed.append(rows_U)
 
-    def _count(self, examples: Examples) -> None:
+    def _count(self, examples: Examples, followed: Followed | None) -> None:
         latest_BK = examples.histories(self.device).latest_first(TRANSITION_REACH)
         positive_B = torch.from_numpy(self._positive[examples.class_B]).to(self.device)
         class_B = to_tensor(examples.class_B, self.device)
-        self.network.count_classes(class_B)
+        self.network.rates.count(class_B, to_tensor(examples.context_BP, self.device))
         item_B = to_tensor(examples.item_B, self.device)
         self._changed.append(self.table.count(latest_BK, item_B, positive_B, class_B))
+        if followed is not None and self._provisional is not None:
+            item_M = item_B[to_tensor(followed.place_M, self.device)]
+            latest_MK = followed.impressions.histories(self.device).latest_first(TRANSITION_REACH)
+            self._changed.append(torch.unique(self.table.retract(latest_MK, item_M, self._provisional)))
+            # As old as when the batch was counted, in which nothing has faded yet.
+            age_M = np.where(followed.age_M > 0, followed.age_M + len(examples) - 1, 0)
+            context_MP = to_tensor(followed.impressions.context_BP, self.device)
+            self.network.rates.retract(self._provisional, to_tensor(age_M, self.device), context_MP)
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -228,6 +228,7 @@ class LogLearner:
             self.learner.free(rows)
             if self._gate is not None:
                 self._gate.free(rows)
+            self._metrics.expired(len(rows))
 
     def _event(self, record: FeedbackRecord) -> Event:
         """Turn a record of a known class into an example; items without a row are left out."""

@@ -155,6 +155,11 @@ class TrainerMetrics:
             "Versions not published because they were worse than the one being served.",
             registry=registry,
         )
+        self._expired = Counter(
+            "recsys_items_expired_total",
+            "Items that lost their row because they were unused for too long.",
+            registry=registry,
+        )
         self._set_aside = Counter(
             "recsys_feedback_set_aside_total",
             "Feedback put into quarantine because what was learned from it was held too often.",
@@ -253,6 +258,10 @@ class TrainerMetrics:
         for value in seconds:
             # Two machines' clocks may differ by more than a fast stage takes.
             histogram.observe(max(value, 0.0))
+
+    def expired(self, n: int) -> None:
+        """Count items that lost their row."""
+        self._expired.inc(n)
 
     def held(self, n: int) -> None:
         """Count versions that were held because they were worse than the one being served."""

@@ -26,6 +26,10 @@ from trainer.quality import MISS, NO_EVENT
 SCORES_AT_ONCE = 8_000_000
 # In place of the score of an item that must not be ranked.
 MASKED = -1e9
+# The mixing weights learn by generalised cross-entropy (Zhang and Sabuncu 2018), (1 - p^q) / q: choices that nobody
+# could have foreseen, noise and adversaries among them, move them little. q of 0.2, 0.4 and 0.7 were tried: on two real
+# streams 0.4 found 3% and 2% more than plain cross-entropy.
+ROBUSTNESS = 0.4
 
 Rows = npt.NDArray[np.int64]
 
@@ -46,6 +50,8 @@ class StepReport:
     # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
     losses: dict[str, float] = field(default_factory=dict)
     gradient_norm: float = math.nan
+    # The monitored streams that were found to have changed.
+    drifted: frozenset[str] = frozenset()
 
     @classmethod
     def untested(cls, count: int) -> StepReport:
@@ -77,9 +83,7 @@ class Prequential:
         with torch.no_grad():
             rows_BL = histories.rows_BL
             states_BD = self._network.states(vectors[rows_BL], vectors[rows_BL[:, -1]], histories)
-        class_loss_B, class_probability_BC = self._classify(
-            examples, states_BD, standing_IS, self._network.user_counts(histories)
-        )
+        class_loss_B, class_probability_BC = self._classify(examples, states_BD, standing_IS, histories)
         report = StepReport(
             rank_B=np.full(count, NO_EVENT),
             popularity_rank_B=np.full(count, NO_EVENT),
@@ -147,19 +151,21 @@ class Prequential:
         report.item_loss_B[part] = loss_B.detach().cpu().numpy()
         report.rank_B[part] = ranks(scores_BI.detach(), item_B).masked_fill(repeated_B, MISS).cpu().numpy()
         report.popularity_rank_B[part] = ranks(popularity_BI, item_B).masked_fill(repeated_B, MISS).cpu().numpy()
-        return loss_B
+        return (1 - torch.exp(-ROBUSTNESS * loss_B)) / ROBUSTNESS
 
     @torch.no_grad()
     def _classify(
-        self, examples: Examples, states_BD: Tensor, standing_IS: Tensor, user_BC: Tensor
+        self, examples: Examples, states_BD: Tensor, standing_IS: Tensor, histories: Histories
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
         """Return the loss of each example and the probability of each class."""
         device = self._table.device
         item_B = to_tensor(examples.item_B, device)
-        context_BC = self._network.context_vectors(to_tensor(examples.context_BP, device))
+        context_BP = to_tensor(examples.context_BP, device)
+        context_BC = self._network.context_vectors(context_BP)
         vectors_BD = self._table.columns["vector"][item_B]
-        rates_BC = self._network.class_rates(user_BC, self._table.columns["classes"][item_B])
-        logits_BC = self._network.class_logits(states_BD, vectors_BD, standing_IS[item_B], context_BC, rates_BC)
+        known_of_items = self._network.rates.item(self._table.columns["classes"][item_B])
+        rates_BR = torch.cat([self._network.user_rates(histories, self._table, context_BP), known_of_items], 1)
+        logits_BC = self._network.class_logits(states_BD, vectors_BD, standing_IS[item_B], context_BC, rates_BR)
         losses_B = F.cross_entropy(logits_BC, to_tensor(examples.class_B, device), reduction="none")
         # Synchronises with the GPU: what was found leaves for the metrics.
         return losses_B.cpu().numpy().astype(np.float64), logits_BC.softmax(-1).cpu().numpy()

@@ -73,7 +73,7 @@ class Publisher:
                 ) from error
         # Also after a snapshot could not be written.
         self._snapshot_due = not self._store.snapshot_versions()
-        self._items = len(learner.table)
+        self._rows = learner.table.rows
         return self.head if self.head.version else None
 
     def _restore(self, learner: Learner) -> None:
@@ -105,9 +105,9 @@ class Publisher:
             StoreUnavailable, StoreFull: when told to stop while the store fails; the learner must be restored then.
         """
         started = self._clock()
-        served, own = learner.write(changed, self._items + 1) if self.head.version else learner.write_all()
+        served, own = learner.write(changed, self._rows) if self.head.version else learner.write_all()
         self.head = self._commit(encode(served), encode(own), lineage)
-        self._items = len(learner.table)
+        self._rows = learner.table.rows
         bytes_ = self.head.bytes + self.head.trainer_bytes
         self._since_snapshot += bytes_
         self._metrics.version_committed(self.head.version, bytes_, self._clock() - started)

@@ -96,7 +96,7 @@ class Rebuild:
         self._learning.fill_window(self._log, head)
         self._learning.learner.take_changed()
         self._learning.begin(head)
-        self._items = len(self._learning.learner.table)
+        self._rows = self._learning.learner.table.rows
         self._entries: deque[LogEntry] = deque()
 
     def _learn(self, expected: VersionRecord) -> bool:
@@ -115,8 +115,8 @@ class Rebuild:
             if outcome is Outcome.SPOILED:
                 return False
         changed = learning.learner.take_changed()
-        served, own = learning.learner.write(changed, self._items + 1)
-        self._items = len(learning.learner.table)
+        served, own = learning.learner.write(changed, self._rows)
+        self._rows = learning.learner.table.rows
         made = (checksum(encode(served)), checksum(encode(own)), learning.lineage(0).position)
         learning.begin(expected, changed)
         return made == (expected.checksum, expected.trainer_checksum, expected.position)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from recsys.catalog import CategoryFilter
 from recsys.store.v1.log_pb2 import HistoryEntry
+
+NONE: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,7 @@ class ScoreParts:
     worth: float
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredItem:
+class ScoredItem(NamedTuple):
     """One item of an answer; `source` is a value of recsys.v1.Source."""
 
     item_id: str
@@ -47,7 +50,7 @@ class ScoredItem:
     because: str | None = None
     known: bool = True
     # By class name; filled for candidates only.
-    class_probabilities: Mapping[str, float] = field(default_factory=dict)
+    class_probabilities: Mapping[str, float] = NONE
     # Filled for candidates whose query asks for it.
     parts: ScoreParts | None = None
 

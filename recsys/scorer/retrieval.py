@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recsys.item_table import Transitions
+from recsys.item_table import ItemTable, Transitions
 from recsys.network import LIFTS, TRANSITION_FLOOR
+from recsys.scorer.items import Items
 
 # Below any real score; marks rows that must not come back.
 HIDDEN = -1e9
@@ -42,6 +44,21 @@ class Hidden:
             scores_BI.masked_fill_(self.mask_I, HIDDEN)
         else:
             scores_BI.index_fill_(1, self.rows_H, HIDDEN)
+
+
+class Known(Protocol):
+    """What the transition memory says of a batch of users."""
+
+    def at(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both looks on a log scale (B, K, 2), and the row of the history item that leads here most (B, K)."""
+
+
+class Found(NamedTuple):
+    """The best rows of each user, best first, with their scores: (B, K) each; HIDDEN where there are no more."""
+
+    scores_BK: Tensor
+    rows_BK: Tensor
+    known: Known
 
 
 class Lifts:
@@ -114,9 +131,39 @@ class Retrieval:
         self.board = Board(device)
         self._vectors_ID = self._standing_IS = torch.empty(0, 0, device=device)
 
-    def install(self, vectors_ID: Tensor, standing_IS: Tensor) -> None:
+    def install(self, items: Items, table: ItemTable) -> None:
         """Take the items of a version; they are looked at where they are, not copied."""
-        self._vectors_ID, self._standing_IS = vectors_ID, standing_IS
+        self._vectors_ID, self._standing_IS, self._table = items.vectors_ID, items.standing_IS, table
+
+    def look_up(self, history_BK: Tensor) -> Lifts:
+        """Sum what the transition memory says of histories, latest first; holds until the next batch."""
+        return self.lifts(self._table.transitions(history_BK))
+
+    def find(
+        self,
+        weights_BP: Tensor,
+        states_BD: Tensor,
+        history_BK: Tensor,
+        hidden: Sequence[Hidden],
+        own: Sequence[Sequence[int]],
+        keep: int,
+    ) -> Found:
+        """Find the `keep` rows with the largest scores, without those hidden from each user and its `own` rows.
+
+        `history_BK` holds the latest rows of the histories, latest first.
+        """
+        lifts = self.look_up(history_BK)
+        scores_BI = self.scores(weights_BP, states_BD, lifts)
+        alike = {id(each): each for each in hidden}.values()
+        for each in alike:
+            if len(alike) == 1:
+                each.apply(scores_BI)
+                continue
+            for place, other in enumerate(hidden):
+                if other is each:
+                    each.apply(scores_BI[place : place + 1])
+        scores_BI[own_rows(own, scores_BI.device)] = HIDDEN
+        return Found(*self.best(keep), lifts)
 
     def lifts(self, transitions: Transitions) -> Lifts:
         """Sum what the transition memory says of a batch; holds until the next batch."""

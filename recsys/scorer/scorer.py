@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from recsys.catalog import CatalogMirror
 from recsys.errors import NotReady
+from recsys.scorer.items import Ahead, Items, looked_at_roughly
 from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
+from recsys.scorer.search import Search
 from recsys.scorer.served import Served
+from recsys.served_lists import Popularity
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import WeightPayload
@@ -45,7 +49,8 @@ class Scorer:
         # Why a newer version that there is cannot be served; empty where all is well.
         self.problem = ""
         self._status = Status()
-        self._retrieval = Retrieval(device)
+        self._retrieval = Search() if looked_at_roughly(device) else Retrieval(device)
+        self._items: Items | None = None
         self._served: Served | None = None
         # Called with a version after the first answer that it gave.
         self.on_first_answer: Callable[[int], None] = lambda version: None
@@ -86,7 +91,8 @@ class Scorer:
             with self._shared.reading() as number:
                 if number != self._shared_number:
                     self._replica = self._shared.replica
-                    self._install(self._shared.record, self._shared.applied_ms)
+                    assert self._replica is not None
+                    self._install(self._shared.record, self._shared.applied_ms, Items.of(self._replica.table))
                     # Last: `refresh` looks at it without the lock.
                     self._shared_number = number
                 yield
@@ -123,9 +129,11 @@ class Scorer:
             self._shared.take(record, replica, applied_ms)
             self.refresh()
             return
+        # Beside the answers of the one before.
+        items = self._items_of(replica)
         with self._lock:
             self._replica = replica
-            self._install(record, applied_ms)
+            self._install(record, applied_ms, items)
 
     def apply(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
         """Move from the version held to the next one.
@@ -137,20 +145,44 @@ class Scorer:
             self._shared.apply(record, payload, applied_ms)
             self.refresh()
             return
-        with self._lock:
-            assert self._replica is not None
-            self._replica.apply(payload)
-            self._install(record, applied_ms)
-
-    def _install(self, record: VersionRecord, applied_ms: int) -> None:
-        assert self._replica is not None
+        replica = self._replica
+        assert replica is not None
+        assert self._items is not None
+        replica.check(payload)
+        # Whoever applies is the only one who changes the table: it can be read without the lock.
         with torch.inference_mode():
-            self._served = Served(self._settings, self._mirror, self._replica, self._retrieval)
+            ahead = Ahead.of(self._items, replica.table, payload)
+        with self._lock:
+            replica.apply(payload)
+            self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica))
+
+    @torch.inference_mode()
+    def _items_of(self, replica: Replica) -> Items:
+        return Items.of(replica.table)
+
+    @torch.inference_mode()
+    def _install(self, record: VersionRecord, applied_ms: int, items: Items) -> None:
+        assert self._replica is not None
+        self._items = items
+        self._served = Served(self._settings, self._mirror, self._replica, items, self._retrieval)
         self._record = record
         self._unanswered = True
         self._status = Status(
             record.version, record.committed_ms, applied_ms, len(self._replica.table), record.feedback_learned
         )
+
+    def popularity(self, item_ids: Sequence[str]) -> Popularity:
+        """Return how often each row of the item table was chosen, and the rows of `item_ids`, 0 where there is none.
+
+        Keeps no batch waiting: while another version is put in place this may be of both.
+        """
+        replica = self._replica
+        if replica is None:
+            return np.zeros(1, np.float32), np.zeros(len(item_ids), np.int64)
+        table = replica.table
+        # Synchronises with the GPU: when Prometheus asks.
+        chosen_I = table.column("total").cpu().numpy()
+        return chosen_I, np.array([table.row(item_id) for item_id in item_ids], np.int64)
 
     def warm_up(self) -> None:
         """Score made-up batches, so that the first real request does not pay for lazy initialisation."""

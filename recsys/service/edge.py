@@ -19,6 +19,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2
 
+from recsys import traces
 from recsys.errors import DeadlinePassed, InvalidInput, NotReady, Overloaded, Violation
 from recsys.metrics import CODES, ServerMetrics
 from recsys.service.auth import Guard
@@ -115,7 +116,10 @@ class Call:
     Whether the caller may call at all is asked before its message is looked at.
     """
 
-    __slots__ = ("_deadline", "_edge", "_end", "_given_up", "_make", "_metadata", "_method", "_started", "_work")
+    __slots__ = (
+        *("_deadline", "_edge", "_end", "_given_up", "_make", "_metadata", "_method", "_span", "_started"),
+        "_work",
+    )
 
     def __init__(
         self,
@@ -139,11 +143,13 @@ class Call:
         """Check and parse the message and start the work, or refuse it."""
         method = self._method
         self._edge.metrics.rpc_started(method.service, method.name)
+        self._span = traces.call(method.path, self._metadata)
         try:
             self._edge.guard.check(method.path, self._metadata)
             if self._deadline <= time.monotonic():
                 raise DeadlinePassed("the deadline passed before work on the call began")
-            found = method.behavior(_parse(method.parse, data), self._deadline)
+            with traces.within(self._span):
+                found = method.behavior(_parse(method.parse, data), self._deadline)
             if isinstance(found, Message):
                 self._answer(found)
                 return
@@ -197,6 +203,8 @@ class Call:
     def _handled(self, code: int) -> None:
         method = self._method
         self._edge.metrics.rpc_handled(method.service, method.name, CODES[code], time.perf_counter() - self._started)
+        if self._span is not None:
+            self._span.answered(CODES[code])
 
 
 def _parse(parse: Callable[[bytes], Message], data: bytes) -> Message:

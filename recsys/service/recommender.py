@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 
+from recsys import traces
 from recsys.batcher import Batcher
 from recsys.catalog import CatalogMirror
-from recsys.errors import NotReady, StoreUnavailable, Violation
+from recsys.errors import NotReady, Overloaded, StoreUnavailable, Violation
 from recsys.feedback import Feedback
 from recsys.feedback_log import Appended, FeedbackLog
 from recsys.histories import Histories
@@ -196,7 +197,22 @@ class Recommender:
         accepted = [each for each in checked if isinstance(each, Feedback)]
         if not accepted:
             return self._logged(checked, [])
-        return Pending(self._appending.submit(accepted, deadline), lambda appended: self._logged(checked, appended))
+        return Pending(self._append(accepted, deadline), lambda appended: self._logged(checked, appended))
+
+    def _append(self, accepted: list[Feedback], deadline: float) -> Future[list[Appended]]:
+        """Append to the log; where the call is sampled each record says in which span."""
+        span = traces.begin("append feedback", **{"recsys.feedback": len(accepted)})
+        if span is None:
+            return self._appending.submit(accepted, deadline)
+        traceparent = span.traceparent
+        try:
+            named = [replace(each, traceparent=traceparent) for each in accepted]
+            appending = self._appending.submit(named, deadline)
+        except Overloaded as error:
+            span.end(type(error).__name__)
+            raise
+        appending.add_done_callback(span.done)
+        return appending
 
     def _logged(
         self, checked: list[Feedback | Violation], appended: list[Appended]

@@ -58,9 +58,12 @@ class _Whole:
             self._columns = {**payload.columns, **self._placed}
             self._placed = {}
         else:
-            new = NewItems.of(payload.new_items).ids
-            if new or kept < self._rows:
-                self._item_ids = self._item_ids[: max(0, kept - 1)] + new
+            known, new = NewItems.of(payload.new_items).split(kept)
+            if len(payload.new_items) or kept < self._rows:
+                self._item_ids = self._item_ids[: max(0, kept - 1)]
+                for item_id, row in known:
+                    self._item_ids[row - 1] = item_id
+                self._item_ids += new.ids
             for name, values in payload.columns.items():
                 column = self._writable(name, rows)
                 column[kept : self._rows] = 0
@@ -96,6 +99,8 @@ class _Since:
         # Rows below it still are those of the earlier version's items.
         self._kept = len(whole.rows)
         self._changed: list[NDArray[np.int32]] = []
+        # Rows that have, or had, another item.
+        self._passed_on: list[NDArray[np.int32]] = []
         # Bytes of deltas that may still be read: going through more is slower than publishing everything.
         self._affordable = sum(column.nbytes for column in whole.columns.values())
 
@@ -112,6 +117,7 @@ class _Since:
                     self._affordable = 0
                 self._kept = min(self._kept, payload.kept_rows or self._kept)
                 self._changed.append(payload.rows)
+                self._passed_on.append(NewItems.of(payload.new_items).rows)
         self._record = head if self._affordable <= 0 else self._record
         return self._record
 
@@ -119,10 +125,15 @@ class _Since:
         """Make what leads from the last version to the earlier one, of which all is given."""
         if self._affordable <= 0:
             return served, own
-        changed = np.unique(np.concatenate([*self._changed, np.empty(0, np.int32)]))
-        rows = np.concatenate([changed[changed < self._kept], served.rows[self._kept :]])
-        new_items = NewItems.of(served.new_items)[self._kept - 1 :]
+        rows, passed_on = (self._before(parts, served.rows) for parts in (self._changed, self._passed_on))
+        ids = NewItems.of(served.new_items).ids
+        new_items = NewItems([ids[row - 1] for row in passed_on.tolist()], passed_on)
         return _some_rows(served, rows, self._kept, new_items), _some_rows(own, rows, self._kept, ())
+
+    def _before(self, parts: Sequence[NDArray[np.int32]], rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the rows named in `parts` that stay, and all that do not."""
+        named = np.unique(np.concatenate([*parts, np.empty(0, np.int32)]))
+        return np.concatenate([named[named < self._kept], rows[self._kept :]])
 
 
 def _some_rows(
@@ -190,7 +201,8 @@ def _follow(
         for delta in deltas:
             assert delta.trainer_payload is not None
             kept = delta.payload.kept_rows or rows
-            rows = len(delta.payload.rows) if delta.payload.whole else kept + len(delta.payload.new_items)
+            new = NewItems.of(delta.payload.new_items).split(kept)[1]
+            rows = len(delta.payload.rows) if delta.payload.whole else kept + len(new)
             served.apply(delta.payload, kept, rows)
             own.apply(delta.trainer_payload, kept, rows)
             record = delta.record

@@ -35,7 +35,7 @@ Place = Callable[[PayloadHeader], Mapping[str, NDArray[Any]]]
 
 
 class NewItems(Sequence[tuple[str, int]]):
-    """Hold items with the rows they got, (item_id, row), without an object for each."""
+    """Hold items with the rows they got, (item_id, row), without an object for each; "" where a row is free now."""
 
     def __init__(self, ids: list[str], rows: Sequence[int] | NDArray[np.int32]) -> None:
         self.ids = ids
@@ -66,6 +66,11 @@ class NewItems(Sequence[tuple[str, int]]):
 
     __hash__ = None  # type: ignore[assignment]  # equal to lists, which have none
 
+    def split(self, row: int) -> tuple[NewItems, NewItems]:
+        """Return what is up to the first that has this row or a higher one, and what comes from there on."""
+        place = int(np.argmax(self.rows >= row)) if np.any(self.rows >= row) else len(self.ids)
+        return self[:place], self[place:]
+
     def continue_from(self, first: int) -> bool:
         """Tell whether the rows are `first`, `first` + 1 and so on."""
         return bool(np.array_equal(self.rows, np.arange(first, first + len(self.ids), dtype=ROW)))
@@ -80,8 +85,9 @@ class WeightPayload:
     """Hold whole dense tensors by name, and the changed rows of the item table.
 
     `rows` are the changed rows, int32, ascending; each of `columns` has one entry of its first axis for each of them.
-    `new_items` are the items that got a row, with that row. `whole` says that this is all of a version, so that what
-    was held before is dropped. `kept_rows`, unless 0, says that of what was held before only the rows below it stay.
+    `new_items` are the items that got a row, with that row, and "" with each that lost its item. `whole` says that this
+    is all of a version, so that what was held before is dropped. `kept_rows`, unless 0, says that of what was held
+    before only the rows below it stay.
     Two payloads are equal when their `encode` is.
     """
 
@@ -246,7 +252,8 @@ def _problem(payload: WeightPayload) -> str | None:
         return "new items: a row is negative"
     # The usual case first: it needs no sorting.
     distinct = len(items) if np.all(items.rows[1:] > items.rows[:-1]) else len(np.unique(items.rows))
-    if not len(items) == distinct == len(set(items.ids)):
+    free = items.ids.count("")
+    if not len(items) == distinct == len(set(items.ids)) + max(0, free - 1):
         return "new items: an item or a row is repeated"
     if payload.kept_rows < 0 or (payload.kept_rows and payload.whole):
         return f"kept rows: {payload.kept_rows}{' of what is dropped' if payload.whole else ''}"

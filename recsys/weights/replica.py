@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys.additions import additions
 from recsys.errors import CorruptWeights
 from recsys.item_table import ItemTable
 from recsys.network import RecommendationNetwork, build_network
@@ -20,7 +21,10 @@ from recsys.weights.payload import NewItems, WeightPayload
 
 # The item table's clock travels among the dense tensors.
 CLOCK = "item_table.clock"
-SERVED_COLUMNS = ("vector", "trend", "touched", "first", "total", "classes", "successor", "successor_weight")
+SERVED_COLUMNS = (
+    *("vector", "trend", "touched", "first", "total", "classes", "audience"),
+    *("successor", "successor_weight"),
+)
 
 
 class Replica:
@@ -29,7 +33,12 @@ class Replica:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.device = device
         self.network: RecommendationNetwork = build_network(settings).to(device)
+        # A version from before the settings added them lacks them: they begin with it, the same for one seed.
+        self._added = {name: tensor.clone() for name, tensor in additions(self.network.state_dict()).items()}
         self.table = ItemTable(settings.dimension, settings.successors, device, settings.seed, len(settings.classes))
+        # What a user is like is told by the history or, where it leaves classes out, by whom its items drew as well.
+        self.table.audiences = not all(c.history for c in settings.classes)
+        self.table.dated = settings.bounded_items
         self._placed: Mapping[str, NDArray[Any]] = {}
 
     def write(self, rows: Tensor, new_items: Sequence[tuple[str, int]]) -> WeightPayload:
@@ -73,11 +82,13 @@ class Replica:
             CorruptWeights: naming the first part that does not fit.
         """
         expected = self.network.state_dict()
-        if set(payload.dense) != {*expected, CLOCK}:
-            raise CorruptWeights(f"dense tensors {sorted(set(payload.dense) ^ {*expected, CLOCK})} do not fit")
+        wrong = set(payload.dense) ^ {*expected, CLOCK}
+        if wrong - (set(self._added) - set(payload.dense)):
+            raise CorruptWeights(f"dense tensors {sorted(wrong)} do not fit")
         fits(CLOCK, payload.dense[CLOCK], (1,), torch.int64)
         for name, tensor in expected.items():
-            fits(name, payload.dense[name], tuple(tensor.shape), tensor.dtype)
+            if name in payload.dense:
+                fits(name, payload.dense[name], tuple(tensor.shape), tensor.dtype)
         if set(payload.columns) != set(SERVED_COLUMNS):
             raise CorruptWeights(f"columns {sorted(set(payload.columns) ^ set(SERVED_COLUMNS))} do not fit")
         for name in SERVED_COLUMNS:
@@ -86,15 +97,25 @@ class Replica:
         rows = 1 if payload.whole else payload.kept_rows or self.table.rows
         if rows > self.table.rows:
             raise CorruptWeights(f"{rows} rows are to stay of the {self.table.rows} in use")
-        if len(payload.rows) and payload.rows[-1] >= rows + len(payload.new_items):
+        in_use = self._check_items(NewItems.of(payload.new_items), rows, payload.rows)
+        if len(payload.rows) and payload.rows[-1] >= in_use:
             raise CorruptWeights(f"row {payload.rows[-1]} is not in use")
-        items = NewItems.of(payload.new_items)
-        if not items.continue_from(rows):
-            raise CorruptWeights(f"new items do not continue the {rows} rows in use")
-        if rows > 1 and any(0 < self.table.row(item_id) < rows for item_id in items.ids):
-            raise CorruptWeights("a new item already has a row")
-        if self._placed and not np.array_equal(payload.rows, np.arange(rows + len(items), dtype=np.int32)):
+        if self._placed and not np.array_equal(payload.rows, np.arange(in_use, dtype=np.int32)):
             raise CorruptWeights("a whole version lacks rows")
+
+    def _check_items(self, items: NewItems, rows: int, changed: NDArray[np.int32]) -> int:
+        """Refuse items that do not fit the first `rows` rows, which stay; return how many rows there are then."""
+        known, new = items.split(rows)
+        if (len(known) and known.rows[0] < 1) or not new.continue_from(rows):
+            raise CorruptWeights(f"new items do not continue the {rows} rows in use")
+        if not np.isin(known.rows, changed).all():
+            raise CorruptWeights("a row has another item, and nothing of it is told")
+        if rows > 1:
+            passed_on = set(known.rows.tolist())
+            held = (row for item_id in items.ids if (row := self.table.row(item_id)))
+            if any(row < rows and row not in passed_on for row in held):
+                raise CorruptWeights("a new item already has a row")
+        return rows + len(new)
 
     def apply(self, payload: WeightPayload) -> None:
         """Move to the version that the payload leads to, whole or not at all.
@@ -108,7 +129,8 @@ class Replica:
             self.table.clear()
         elif payload.kept_rows:
             self.table.truncate(payload.kept_rows)
-        self.table.extend(NewItems.of(payload.new_items).ids)
+        items = NewItems.of(payload.new_items)
+        self.table.assign(items.rows.tolist(), items.ids)
         rows = to_tensor(payload.rows, self.device).to(torch.int64)
         for name, array in payload.columns.items():
             # One after the other: a copy of all of them at once would double what a start takes.
@@ -116,11 +138,12 @@ class Replica:
                 self.table.write(rows, {name: to_tensor(array, self.device)}, ())
         dense = dict(payload.dense)
         self.table.clock = int(dense.pop(CLOCK)[0])
-        self.network.load_state_dict({name: to_tensor(array, self.device) for name, array in dense.items()})
+        given = {name: to_tensor(array, self.device) for name, array in dense.items()}
+        self.network.load_state_dict(self._added | given)
 
 
 def items_of(table: ItemTable, first: int = 1) -> NewItems:
-    """List the items with their rows, from row `first` on."""
+    """List the items with their rows, from row `first` on, free ones included."""
     return NewItems(table.item_ids[first:], range(first, table.rows))
 
 

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,22 +26,25 @@ from torch import Tensor
 from recsys.errors import SettingsError
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
-from recsys.weights.payload import WeightPayload, decode, encode
-from recsys.weights.replica import SERVED_COLUMNS, Replica
+from recsys.weights.payload import NewItems, WeightPayload, decode, encode
+from recsys.weights.replica import SERVED_COLUMNS, Replica, items_of
 from recsys.weights.turnstile import Turnstile
 
 # The file is as large as addresses allow and holes cost nothing: everything has a window of its own that it never
 # outgrows, so that growing moves nothing.
 WINDOW_BYTES = 1 << 40
 _HEADER, _RECORDS, _JOURNAL, _AREAS = 0, 1, 3, 4
-# Windows of an area; the columns' follow. A whole version is read into the area that is not in use.
-_DENSE, _ID_ENDS, _ID_BYTES, _COLUMNS = 0, 1, 2, 3
+# Windows of an area; the columns' follow. A whole version is read into the area that is not in use. Which row got which
+# item is a list that grows at its end: each process goes on from where it read last.
+_DENSE, _GIVEN_ROWS, _ID_ENDS, _ID_BYTES, _COLUMNS = 0, 1, 2, 3, 4
 _WINDOWS_PER_AREA = _COLUMNS + len(SERVED_COLUMNS)
 _WINDOWS = _AREAS + 2 * _WINDOWS_PER_AREA
 # In the header: the number of the state in force, that of the one that was begun, and two places for states.
 _CURRENT, _BEGUN, _STATES = 0, 1, 64
-_STATE = struct.Struct("<6q")
+_STATE = struct.Struct("<7q")
 _JOURNAL_START = struct.Struct("<3q")
+# Rows that may have been given before the list of them is written anew, as it is once they are twice those in use.
+LEAST_GIVEN = 1 << 16
 # How dense tensors are aligned.
 _ALIGNMENT = 64
 # fallocate(2): give pages back, keep the size.
@@ -66,11 +68,15 @@ def create() -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Say what is in force: an area, how often rows were cut off, its table's rows and clock, the record's size."""
+    """Say what is in force.
+
+    An area, how often rows were cut off, its table's rows, those given in all, its clock, the record's size.
+    """
 
     area: int
     cuts: int
     rows: int
+    given: int
     clock: int
     applied_ms: int
     record_bytes: int
@@ -97,8 +103,8 @@ class SharedWeights:
         self.replica: Replica | None = None
         self.record = VersionRecord()
         self.applied_ms = 0
-        # The area of `replica`, and the cuts that it has seen.
-        self._area = self._cuts = 0
+        # The area of `replica`, and the cuts and given rows that it has seen.
+        self._area = self._cuts = self._given = 0
 
     @contextmanager
     def reading(self) -> Iterator[int]:
@@ -139,9 +145,9 @@ class SharedWeights:
         """Put the spare replica in place of whatever is held; answers wait for no longer than it takes to say so."""
         state = self._state() if self.number() else None
         area = 1 - state.area if state else 0
-        self._write_ids(area, replica, 1)
+        given = self._give(area, items_of(replica.table), 0)
         with self._writing.exclusive():
-            self._commit(area, state.cuts + 1 if state else 0, replica, record, applied_ms)
+            self._commit(area, state.cuts + 1 if state else 0, given, replica, record, applied_ms)
             self._adopt(area, replica, record, applied_ms)
         if state:
             self._punch(state.area)
@@ -156,9 +162,7 @@ class SharedWeights:
             assert self.replica is not None
             self.replica.check(payload)
         if payload.whole:
-            replica = self.spare()
-            replica.apply(payload)
-            self.take(record, replica, applied_ms)
+            self._take_whole(record, payload, applied_ms)
             return
         packed_record, packed = record.SerializeToString(), encode(payload)
         start = _JOURNAL_START.pack(applied_ms, len(packed_record), len(packed))
@@ -167,6 +171,13 @@ class SharedWeights:
         with self._writing.exclusive():
             self._numbers[_BEGUN] = self.number() + 1
             self._redo(record, payload, applied_ms)
+        if self._given > 2 * self.replica.table.rows + LEAST_GIVEN:
+            self._take_whole(record, self.replica.write_all(), applied_ms)
+
+    def _take_whole(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
+        replica = self.spare()
+        replica.apply(payload)
+        self.take(record, replica, applied_ms)
 
     def close(self) -> None:
         """Let go of locks and memory."""
@@ -198,15 +209,17 @@ class SharedWeights:
         for name in SERVED_COLUMNS:
             replica.table.columns[name][kept : state.rows] = 0
         replica.apply(payload)
-        self._write_ids(state.area, replica, kept)
-        self._commit(state.area, state.cuts + (kept < state.rows), replica, record, applied_ms)
+        given = self._give(state.area, NewItems.of(payload.new_items), state.given)
+        self._commit(state.area, state.cuts + (kept < state.rows), given, replica, record, applied_ms)
         self._adopt(state.area, replica, record, applied_ms)
 
-    def _commit(self, area: int, cuts: int, replica: Replica, record: VersionRecord, applied_ms: int) -> None:
+    def _commit(
+        self, area: int, cuts: int, given: int, replica: Replica, record: VersionRecord, applied_ms: int
+    ) -> None:
         number = self.number() + 1
         packed = record.SerializeToString()
         self._map(_RECORDS + number % 2, len(packed))[:] = packed
-        state = _STATE.pack(area, cuts, replica.table.rows, replica.table.clock, applied_ms, len(packed))
+        state = _STATE.pack(area, cuts, replica.table.rows, given, replica.table.clock, applied_ms, len(packed))
         place = _STATES * (1 + number % 2)
         self._header[place : place + len(state)] = state
         # One aligned word: either all of it is in force or nothing.
@@ -214,7 +227,8 @@ class SharedWeights:
 
     def _adopt(self, area: int, replica: Replica, record: VersionRecord, applied_ms: int) -> None:
         self.replica, self.record, self.applied_ms = replica, record, applied_ms
-        self._seen, self._area, self._cuts = self.number(), area, self._state().cuts
+        state = self._state()
+        self._seen, self._area, self._cuts, self._given = self.number(), area, state.cuts, state.given
 
     def _refresh(self, kept: int = 0) -> None:
         """Bring what this process holds for itself up to the state in force; with `kept`, no row from there on."""
@@ -223,9 +237,9 @@ class SharedWeights:
         state = self._state()
         replica = self.replica
         if replica is None or (self._area, self._cuts) != (state.area, state.cuts) or kept:
-            replica = self._replica_in(state.area)
-        rows = kept or state.rows
-        replica.table.extend(self._read_ids(state.area, replica.table.rows, rows))
+            replica, self._given = self._replica_in(state.area), 0
+        items = self._read_given(state.area, self._given, state.given, kept or state.rows)
+        replica.table.assign(items.rows.tolist(), items.ids)
         replica.table.clock = state.clock
         record = VersionRecord.FromString(self._map(_RECORDS + self.number() % 2, state.record_bytes)[:])
         self._adopt(state.area, replica, record, state.applied_ms)
@@ -260,27 +274,38 @@ class SharedWeights:
         replica.network.eval()
         return replica
 
-    def _write_ids(self, area: int, replica: Replica, first: int) -> None:
-        """Write the ids of the rows from `first` on."""
-        packed = [item_id.encode() for item_id in replica.table.item_ids[first:]]
-        rows = replica.table.rows
-        ends = self._id_ends(area, rows)
-        start = int(ends[first - 1])
-        ends[first:rows] = start + np.cumsum([len(each) for each in packed], dtype=np.int64)
+    def _give(self, area: int, items: NewItems, first: int) -> int:
+        """Write which rows got which items, behind the first so many; return how many there are then."""
+        packed = [item_id.encode() for item_id in items.ids]
+        total = first + len(items)
+        rows, ends = self._given_rows(area, total), self._id_ends(area, total)
+        start = int(ends[first])
+        rows[first:] = items.rows
+        ends[first + 1 :] = start + np.cumsum([len(each) for each in packed], dtype=np.int64)
         if packed:
-            self._map(self._area_window(area, _ID_BYTES), max(int(ends[rows - 1]), 1))[start : int(ends[rows - 1])] = (
-                b"".join(packed)
-            )
+            text = self._map(self._area_window(area, _ID_BYTES), max(int(ends[-1]), 1))
+            text[start : int(ends[-1])] = b"".join(packed)
+        return total
 
-    def _read_ids(self, area: int, first: int, rows: int) -> list[str]:
-        if rows <= first:
-            return []
-        ends = self._id_ends(area, rows)[first - 1 : rows].tolist()
+    def _read_given(self, area: int, first: int, total: int, below: int) -> NewItems:
+        """Read what the rows below `below` were given last, of what stands behind the first so many."""
+        if total <= first:
+            return NewItems([], [])
+        rows = self._given_rows(area, total)[first:].tolist()
+        ends = self._id_ends(area, total)[first:].tolist()
         text = self._map(self._area_window(area, _ID_BYTES), max(ends[-1], 1))
-        return [text[start:end].decode() for start, end in pairwise(ends)]
+        # Of a row that was given again the last holds; those cut off since are passed over.
+        held = {row: place for place, row in enumerate(rows) if row < below}
+        given = sorted(held)
+        return NewItems([text[ends[held[row]] : ends[held[row] + 1]].decode() for row in given], given)
 
-    def _id_ends(self, area: int, rows: int) -> NDArray[Any]:
-        return np.frombuffer(self._map(self._area_window(area, _ID_ENDS), 8 * rows), np.int64, rows)
+    def _given_rows(self, area: int, total: int) -> NDArray[Any]:
+        mapped = self._map(self._area_window(area, _GIVEN_ROWS), max(8 * total, 1))
+        return np.frombuffer(mapped, np.int64, total)
+
+    def _id_ends(self, area: int, total: int) -> NDArray[Any]:
+        """Return where each id begins, and where the last one ends."""
+        return np.frombuffer(self._map(self._area_window(area, _ID_ENDS), 8 * (total + 1)), np.int64, total + 1)
 
     @staticmethod
     def _area_window(area: int, window: int) -> int:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from recsys.network import Histories, RecommendationNetwork, build_network
 from recsys.settings import Settings
+from trainer.strategies.trainable import kind
 
 # How much of the Fisher information stays at each step: it remembers some hundreds.
 FISHER_DECAY = 0.995
@@ -24,7 +25,7 @@ class Anchor:
 
     def __init__(self, settings: Settings, network: RecommendationNetwork, weights: Mapping[str, nn.Parameter]) -> None:
         self._settings, self._network, self._weights = settings, network, weights
-        self.name = f"{'ewc' if settings.ewc_weight else 'anchor'}_{settings.trainable}"
+        self.name = f"{'ewc' if settings.ewc_weight else 'anchor'}_{kind(settings)}"
         device = next(network.parameters()).device
         self._earlier = build_network(settings).to(device).eval().requires_grad_(False)
         self._earlier_weights = dict(self._earlier.named_parameters())

@@ -19,10 +19,11 @@ from trainer.prequential import StepReport
 from trainer.strategies import remembered
 from trainer.strategies.anchor import Anchor
 from trainer.strategies.average import Average
+from trainer.strategies.delayed import build_delayed
 from trainer.strategies.following_rate import FollowingRate
 from trainer.strategies.last_layer import LastLayer
 from trainer.strategies.optimizers import STATE, Optimizers
-from trainer.strategies.trainable import build_trainable
+from trainer.strategies.trainable import build_trainable, kind
 
 
 class Strategies:
@@ -38,23 +39,27 @@ class Strategies:
         self._trainable = build_trainable(settings, network)
         self.rows = self._trainable.rows
         weights = self._trainable.weights
-        self._average = Average(settings.average_decay, weights, settings.trainable) if settings.average_decay else None
+        self._average = Average(settings.average_decay, weights, kind(settings)) if settings.average_decay else None
         self._pulls = bool(settings.l2sp_weight or settings.ewc_weight)
         anchored = self._pulls or settings.distillation_weight
         self._anchor = Anchor(settings, network, weights) if anchored else None
         self._rate = FollowingRate() if settings.follow_loss else None
+        # Multiplies the rates further; whoever drives the steps may set it before each.
+        self.boost = 1.0
         self.last_layer = LastLayer(network) if settings.bayesian_head else None
         self._optimizers = Optimizers(settings, self._trainable.moving, self._trainable.mixing)
-        chosen = (self._trainable, self._average, self._anchor, self._rate, self.last_layer)
+        device = next(network.parameters()).device
+        self._delayed = build_delayed(settings, device)
+        chosen = (self._trainable, self._average, self._anchor, self._rate, self.last_layer, self._delayed)
         self._remembering = [each for each in chosen if each is not None]
-        worth_C = torch.tensor([c.worth for c in settings.classes], device=next(network.parameters()).device)
+        worth_C = torch.tensor([c.worth for c in settings.classes], device=device)
         # In shares of their range: what the weight of the error means does not depend on the scale of worth.
         self._place_C = (worth_C - worth_C.min()) / (worth_C.max() - worth_C.min()).clamp_min(torch.finfo().tiny)
 
     @property
     def rate(self) -> float:
         """Return by what the learning rates are multiplied."""
-        return self._rate.factor if self._rate is not None else 1.0
+        return self.boost * (self._rate.factor if self._rate is not None else 1.0)
 
     def clear(self) -> None:
         """Forget the gradients of the step before."""
@@ -75,15 +80,24 @@ class Strategies:
             if self._average is not None:
                 self._average.put_back()
 
-    def class_loss(self, logits_XC: Tensor, class_X: Tensor) -> Tensor:
-        """Return the loss over feedback classes: cross-entropy and, if chosen, the expected worth's squared error."""
-        loss = F.cross_entropy(logits_XC, class_X)
+    def class_loss(self, logits_XC: Tensor, class_X: Tensor, followed_X: Tensor | None = None) -> Tensor:
+        """Return the loss over feedback classes: cross-entropy and, if chosen, the expected worth's squared error.
+
+        `followed_X` is 1 for feedback that follows an impression of its own, 0 for other; None where none does.
+        """
         if self.last_layer is not None:
-            self.last_layer.watch(logits_XC)
-        if self._settings.squared_error_weight:
-            expected_X = logits_XC.softmax(1) @ self._place_C
-            loss = loss + self._settings.squared_error_weight * F.mse_loss(expected_X, self._place_C[class_X])
-        return loss
+            self.last_layer.watch(logits_XC, followed_X)
+
+        def losses(class_X: Tensor) -> Tensor:
+            loss_X = F.cross_entropy(logits_XC, class_X, reduction="none")
+            if self._settings.squared_error_weight:
+                error_X = logits_XC.softmax(1) @ self._place_C - self._place_C[class_X]
+                loss_X = loss_X + self._settings.squared_error_weight * error_X.square()
+            return loss_X
+
+        if self._delayed is None:
+            return losses(class_X).mean()
+        return self._delayed.loss(losses, logits_XC, class_X, followed_X)
 
     def distillation(self, histories: Histories, vectors_BLD: Tensor, states_BD: Tensor, sampled_ND: Tensor) -> Tensor:
         """Return the weighted loss for saying something else of sampled items than before; 0 unless chosen."""
@@ -103,7 +117,7 @@ class Strategies:
         """Move the weights by their gradients; `new` of the examples, the first, were not learned before."""
         if self._rate is not None:
             self._rate.observe(_mean(report.item_loss_B) + _mean(report.class_loss_B))
-            self._optimizers.set_rate(self._settings.learning_rate * self._rate.factor)
+        self._optimizers.set_rate(self._settings.learning_rate * self.rate)
         self._optimizers.step()
         self._trainable.merge()
         if self._anchor is not None:
@@ -112,6 +126,8 @@ class Strategies:
             self._average.learned()
         if self.last_layer is not None:
             self.last_layer.learned(new)
+        if self._delayed is not None and new:
+            self._delayed.learned()
 
     def step_mixing(self) -> None:
         """Move the mixing weights alone by their gradients."""

@@ -46,9 +46,11 @@ class LastLayer:
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         self.inputs = inputs[0].detach()
 
-    def watch(self, logits_XC: Tensor) -> None:
-        """Note what is being learned: these logits came of `inputs`."""
-        self._watched = self.inputs, logits_XC.detach()
+    def watch(self, logits_XC: Tensor, followed_X: Tensor | None = None) -> None:
+        """Note what is being learned: these logits came of `inputs`; what follows an impression adds none to it."""
+        logits_XC = logits_XC.detach()
+        once_X = slice(None) if followed_X is None else followed_X == 0
+        self._watched = self.inputs[once_X], logits_XC[once_X]
 
     @torch.no_grad()
     def learned(self, new: int) -> None:
@@ -56,6 +58,7 @@ class LastLayer:
         assert self._watched is not None
         inputs, logits = self._watched
         inputs_XF, p_XC = _with_one(inputs[:new]), logits[:new].softmax(1)
+        new = len(inputs_XF)
         self._watched = None
         kept = MEMORY**new
         self._moments_FF.mul_(kept).addmm_(inputs_XF.T, inputs_XF)

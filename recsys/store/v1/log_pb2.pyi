@@ -23,7 +23,7 @@ class History(_message.Message):
     def __init__(self, history: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ...) -> None: ...
 
 class FeedbackRecord(_message.Message):
-    __slots__ = ("feedback_id", "user_id", "item_id", "feedback_class", "value", "time_ms", "recommendation_id", "context", "history")
+    __slots__ = ("feedback_id", "user_id", "item_id", "feedback_class", "value", "time_ms", "recommendation_id", "context", "traceparent", "history")
     class ContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class FeedbackRecord(_message.Message):
     TIME_MS_FIELD_NUMBER: _ClassVar[int]
     RECOMMENDATION_ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     feedback_id: str
     user_id: str
@@ -48,5 +49,6 @@ class FeedbackRecord(_message.Message):
     time_ms: int
     recommendation_id: str
     context: _containers.ScalarMap[str, str]
+    traceparent: str
     history: _containers.RepeatedCompositeFieldContainer[HistoryEntry]
-    def __init__(self, feedback_id: _Optional[str] = ..., user_id: _Optional[str] = ..., item_id: _Optional[str] = ..., feedback_class: _Optional[str] = ..., value: _Optional[float] = ..., time_ms: _Optional[int] = ..., recommendation_id: _Optional[str] = ..., context: _Optional[_Mapping[str, str]] = ..., history: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ...) -> None: ...
+    def __init__(self, feedback_id: _Optional[str] = ..., user_id: _Optional[str] = ..., item_id: _Optional[str] = ..., feedback_class: _Optional[str] = ..., value: _Optional[float] = ..., time_ms: _Optional[int] = ..., recommendation_id: _Optional[str] = ..., context: _Optional[_Mapping[str, str]] = ..., traceparent: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ...) -> None: ...

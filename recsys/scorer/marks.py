@@ -1,0 +1,158 @@
+"""Marks: what is known of a user's rows beyond the item table, found by row.
+
+What follows the user's latest items, summed per row, and what must not come back.
+Shapes: B users, K latest items, M successors of each, N marks, G blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys.item_table import NEXT_POWER, ItemTable
+from recsys.network import TRANSITION_FLOOR
+from recsys.scorer.compiled import compiled
+from recsys.scorer.lanes import ROWS
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int32]
+Longs = NDArray[np.int64]
+# Above any row.
+END = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Hold each user's marks by ascending row; past the last one rows are END."""
+
+    rows_BN: Integers
+    hidden_BN: NDArray[np.bool_]
+    # Both looks into the transition memory on a log scale, and the row of the history that leads here most.
+    lifts_2BN: Floats
+    because_BN: Integers
+
+    @classmethod
+    def of(cls, table: ItemTable, history_BK: Longs, own: Sequence[Sequence[int]]) -> Marks:
+        """Mark what follows the histories, latest first, and hide each user's `own` rows."""
+        ends_B = np.cumsum([len(each) for each in own], dtype=np.int64)
+        own_H = np.fromiter(chain.from_iterable(own), np.int64, int(ends_B[-1]) if len(own) else 0)
+        distance_K = np.arange(1, history_BK.shape[1] + 1, dtype=np.float32)
+        scale_2K = np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER])
+        rows_BN, hidden_BN, sums_2BN, because_BN = _mark(
+            table.column("successor").numpy(),
+            table.column("successor_weight").numpy(),
+            history_BK,
+            scale_2K.astype(np.float32),
+            own_H,
+            ends_B,
+        )
+        # torch's logarithm does eight at a time.
+        lifts_2BN = torch.from_numpy(sums_2BN).div_(TRANSITION_FLOOR).log1p_().numpy()
+        return cls(rows_BN, hidden_BN, lifts_2BN, because_BN)
+
+    def weighted(self, weights_B2: Floats) -> Floats:
+        """Return what each mark adds to the score of its row, below HIDDEN where that must not come back: (B, N)."""
+        first_BN, second_BN = self.lifts_2BN
+        found_BN: Floats = weights_B2[:, :1] * first_BN + weights_B2[:, 1:] * second_BN
+        found_BN[self.hidden_BN] = -np.inf
+        return found_BN
+
+    def at(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both lifts of rows (B, K, 2) and the row of the history item that leads there most (B, K); 0: none."""
+        lifts_BK2, because_BK = _at(self.rows_BN, self.lifts_2BN, self.because_BN, rows_BK.numpy())
+        return torch.from_numpy(lifts_BK2), torch.from_numpy(because_BK)
+
+
+@compiled
+def _mark(
+    successor_IM: Integers, weight_IM: Floats, history_BK: Longs, scale_2K: Floats, own_H: Longs, ends_B: Longs
+) -> tuple[Integers, NDArray[np.bool_], Floats, Integers]:
+    users, reach = history_BK.shape
+    successors = successor_IM.shape[1]
+    most = 0
+    for user in range(users):
+        most = max(most, ends_B[user] - (ends_B[user - 1] if user else 0))
+    room = most + reach * successors
+    rows_BN = np.full((users, room + 1), END, np.int32)
+    hidden_BN, because_BN = np.zeros((users, room + 1), np.bool_), np.zeros((users, room + 1), np.int32)
+    sums_2BN = np.zeros((2, users, room + 1), np.float32)
+    # Of each block of rows one more than the number of its first mark; of each mark its row and the next one alike.
+    head_G, chain_N2 = np.zeros(successor_IM.shape[0] // ROWS + 1, np.int32), np.empty((room, 2), np.int32)
+    hidden_N, because_N = np.empty(room, np.bool_), np.empty(room, np.int32)
+    # Both sums, and the largest part of the first.
+    sums_N3 = np.empty((room, 3), np.float32)
+    for user in range(users):
+        count = 0
+        for place in range(ends_B[user - 1] if user else 0, ends_B[user]):
+            count = _chain(head_G, chain_N2, own_H[place], count)
+            hidden_N[count - 1], because_N[count - 1], sums_N3[count - 1] = True, 0, 0.0
+        for place in range(reach):
+            source = history_BK[user, place]
+            for slot in range(successors if source else 0):
+                row, weight = successor_IM[source, slot], weight_IM[source, slot]
+                if not row or not weight:
+                    continue
+                mark = head_G[row // ROWS] - 1
+                while mark >= 0 and chain_N2[mark, 0] != row:
+                    mark = chain_N2[mark, 1] - 1
+                if mark < 0:
+                    mark, count = count, _chain(head_G, chain_N2, row, count)
+                    hidden_N[mark], because_N[mark], sums_N3[mark] = False, 0, 0.0
+                by = weight * scale_2K[0, place]
+                sums_N3[mark, 0] += by
+                sums_N3[mark, 1] += weight * scale_2K[1, place]
+                # Of equal ones the latest.
+                if by > sums_N3[mark, 2]:
+                    sums_N3[mark, 2], because_N[mark] = by, source
+        done = 0
+        for block in range(len(head_G)):
+            if not head_G[block]:
+                continue
+            first, mark = done, head_G[block] - 1
+            head_G[block] = 0
+            while mark >= 0:
+                row, place = chain_N2[mark, 0], done
+                while place > first and rows_BN[user, place - 1] > row:
+                    _move(rows_BN[user], hidden_BN[user], because_BN[user], sums_2BN[:, user], place)
+                    place -= 1
+                rows_BN[user, place], hidden_BN[user, place] = row, hidden_N[mark]
+                because_BN[user, place] = because_N[mark]
+                sums_2BN[0, user, place], sums_2BN[1, user, place] = sums_N3[mark, 0], sums_N3[mark, 1]
+                mark, done = chain_N2[mark, 1] - 1, done + 1
+    return rows_BN, hidden_BN, sums_2BN, because_BN
+
+
+@compiled
+def _chain(head_G: Integers, chain_N2: Integers, row: int, count: int) -> int:
+    """Add a mark to its block's chain; return how many there are."""
+    chain_N2[count, 0], chain_N2[count, 1] = row, head_G[row // ROWS]
+    head_G[row // ROWS] = count + 1
+    return count + 1
+
+
+@compiled
+def _move(rows_N: Integers, hidden_N: NDArray[np.bool_], because_N: Integers, sums_2N: Floats, place: int) -> None:
+    """Move the mark before `place` there."""
+    rows_N[place], hidden_N[place], because_N[place] = rows_N[place - 1], hidden_N[place - 1], because_N[place - 1]
+    sums_2N[0, place], sums_2N[1, place] = sums_2N[0, place - 1], sums_2N[1, place - 1]
+
+
+@compiled
+def _at(rows_BN: Integers, lifts_2BN: Floats, because_BN: Integers, rows_BK: Longs) -> tuple[Floats, Longs]:
+    users, count = rows_BK.shape
+    lifts_BK2, because_BK = np.zeros((users, count, 2), np.float32), np.zeros((users, count), np.int64)
+    for user in range(users):
+        for place in range(count):
+            row = rows_BK[user, place]
+            mark = np.searchsorted(rows_BN[user], row)
+            if rows_BN[user, mark] == row:
+                lifts_BK2[user, place, 0] = lifts_2BN[0, user, mark]
+                lifts_BK2[user, place, 1] = lifts_2BN[1, user, mark]
+                because_BK[user, place] = because_BN[user, mark]
+    return lifts_BK2, because_BK

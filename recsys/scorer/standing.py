@@ -1,0 +1,113 @@
+"""Standing: ItemTable.standing as the server computes it: the same numbers, several times sooner.
+
+Most items have been idle for so long that their decayed counts are nothing beside the floor; of those no exponential
+and next to no logarithm is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from recsys.item_table import AGE_SCALE, STANDINGS, TOTAL_SCALE, TREND_DECAYS, TREND_FLOOR
+from recsys.scorer.compiled import compiled
+
+SPEEDS = len(TREND_DECAYS)
+LOG_DECAYS = np.log(np.array(TREND_DECAYS))
+COLUMNS = ("trend", "touched", "first", "total")
+# A count that has decayed by more than e to this does not change the logarithm of its sum with the floor, unless it
+# was far larger than any that decays can reach: 1 / (1 - the slowest decay).
+LEAST_EXPONENT = -40.0
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Hold the standing of all rows (I, S), and the mean over items, which row 0 is none of."""
+
+    rows_IS: Floats
+    mean_S: Floats
+
+    @classmethod
+    def of(
+        cls,
+        columns: Mapping[str, NDArray[np.generic]],
+        rows: int,
+        clock: int,
+        changed: Changed | None = None,
+        *,
+        known: int | None = None,
+    ) -> Standing:
+        """Compute it at a clock from the columns of a table, of which the first `known` rows count (default: all).
+
+        `changed` rows count in place of those of the table.
+        """
+        found_IS = np.ones((rows, STANDINGS), np.float32)
+        places = np.arange(rows if known is None else known)
+        _fill(*(columns[name] for name in COLUMNS), places, clock, LOG_DECAYS, found_IS)
+        if changed is not None:
+            _fill(*(changed.columns[name] for name in COLUMNS), changed.rows, clock, LOG_DECAYS, found_IS)
+        # torch's logarithm does eight at a time.
+        torch.from_numpy(found_IS).log_()
+        return cls(found_IS, _settle(found_IS, AGE_SCALE * math.log1p(clock)))
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Hold rows that a version changes, with the columns that they will have."""
+
+    rows: NDArray[np.int64]
+    columns: Mapping[str, NDArray[np.generic]]
+
+
+@compiled
+def _fill(
+    trend_RT: Floats,
+    touched_R: NDArray[np.int64],
+    first_R: NDArray[np.int64],
+    total_R: Floats,
+    places_R: NDArray[np.int64],
+    clock: int,
+    log_decay: NDArray[np.float64],
+    found_IS: Floats,
+) -> None:
+    """Write what the logarithms are to be taken of."""
+    floor = np.float32(TREND_FLOOR)
+    for place in range(len(places_R)):
+        row = places_R[place]
+        idle = np.float64(clock - touched_R[place])
+        for speed in range(SPEEDS):
+            exponent = log_decay[speed] * idle
+            if exponent < LEAST_EXPONENT:
+                found_IS[row, speed] = found_IS[row, SPEEDS + speed] = floor
+                continue
+            decay = np.exp(exponent)
+            for column in (speed, SPEEDS + speed):
+                found_IS[row, column] = trend_RT[place, column] * np.float32(decay) + floor
+        found_IS[row, 2 * SPEEDS] = total_R[place] + np.float32(1.0)
+        found_IS[row, 2 * SPEEDS + 1] = np.float32(clock - first_R[place]) + np.float32(1.0)
+
+
+@compiled
+def _settle(found_IS: Floats, oldest: float) -> Floats:
+    """Bring logarithms to their scales, less the largest of each trend; return the mean over items."""
+    rows, width = found_IS.shape
+    scale_S = np.ones(width, np.float32)
+    scale_S[2 * SPEEDS], scale_S[2 * SPEEDS + 1] = TOTAL_SCALE, AGE_SCALE
+    shift_S, total_S = np.full(width, np.float32(-np.inf)), np.zeros(width)
+    for row in range(rows):
+        for column in range(2 * SPEEDS):
+            shift_S[column] = max(shift_S[column], found_IS[row, column])
+    shift_S[2 * SPEEDS], shift_S[2 * SPEEDS + 1] = 0.0, oldest
+    for row in range(rows):
+        for column in range(width):
+            found_IS[row, column] = found_IS[row, column] * scale_S[column] - shift_S[column]
+            total_S[column] += found_IS[row, column] if row else 0.0
+    mean_S: Floats = (total_S / max(rows - 1, 1)).astype(np.float32)
+    return mean_S

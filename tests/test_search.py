@@ -1,0 +1,292 @@
+"""Search: the rows and the order of a full sort, though next to none is looked at closely, whatever repeats or ties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from learning import CPU
+from numpy.typing import NDArray
+
+from recsys.item_table import PADDING_ROW, STANDINGS, ItemTable
+from recsys.network import LIFTS, TRANSITION_FLOOR, Histories
+from recsys.scorer import lanes, shortlist
+from recsys.scorer.encoder import Encoder
+from recsys.scorer.items import Ahead, Items
+from recsys.scorer.marks import END, Marks
+from recsys.scorer.ranking import Ranking
+from recsys.scorer.retrieval import HIDDEN, Hidden, Retrieval
+from recsys.scorer.rough import LARGEST, Rough
+from recsys.scorer.search import Search
+from recsys.scorer.standing import Standing
+from recsys.settings import Settings
+from recsys.weights.replica import Replica
+
+pytestmark = pytest.mark.skipif(not lanes.available(), reason="no AVX2 here: nothing is looked at roughly")
+
+DIMENSION, REACH, SUCCESSORS = 16, 4, 6
+
+
+def made_up(items: int, seed: int, different: int = 0) -> ItemTable:
+    """Fill a table at random; with `different`, of so many different vectors and standings, so that most scores tie."""
+    draw = np.random.default_rng(seed)
+    table = ItemTable(DIMENSION, SUCCESSORS, CPU, seed, classes=3)
+    table.allocate(f"item-{n}" for n in range(items))
+    rows, columns = table.rows, table.columns
+    table.clock = 5000
+    kind = draw.integers(0, different, rows) if different else np.arange(rows)
+    kinds = int(kind.max()) + 1
+
+    def put(name: str, values: NDArray[np.generic]) -> None:
+        columns[name][1:rows] = torch.from_numpy(values[kind])[1:].to(columns[name].dtype)
+
+    put("vector", draw.standard_normal((kinds, DIMENSION)))
+    put("trend", draw.random((kinds, 6)) * draw.integers(0, 2, (kinds, 1)))
+    put("touched", draw.integers(0, 5001, kinds))
+    put("first", draw.integers(0, 5001, kinds))
+    put("total", draw.integers(0, 50, kinds))
+    put("classes", draw.integers(0, 9, (kinds, 3)))
+    successors = draw.integers(0, min(items, 30) + 1, (rows, SUCCESSORS))
+    columns["successor"][1:rows] = torch.from_numpy(successors.astype(np.int32))[1:]
+    weights = np.where(successors, draw.random(successors.shape), 0)
+    columns["successor_weight"][1:rows] = torch.from_numpy(weights.astype(np.float32))[1:]
+    return table
+
+
+def in_full(
+    table: ItemTable, items: Items, weights_BP: torch.Tensor, states_BD: torch.Tensor, history_BK: torch.Tensor
+) -> NDArray[np.float32]:
+    """Score every row for every user with the same sums, one by one."""
+    users_BV = torch.cat([weights_BP[:, :1] * states_BD, weights_BP[:, 1:-LIFTS]], 1).numpy()
+    vectors, standing = items.vectors_ID.numpy(), items.standing_IS.numpy()
+    scores = np.array(
+        [
+            [shortlist.exact(vectors, standing, row, users_BV, user) for row in range(table.rows)]
+            for user in range(len(users_BV))
+        ],
+        np.float32,
+    )
+    known = Search()
+    known.install(items, table)
+    marks = known.look_up(history_BK)
+    lifts_BN = marks.weighted(weights_BP[:, -LIFTS:].numpy())
+    for user, rows in enumerate(marks.rows_BN):
+        there = rows != END
+        scores[user, rows[there]] += lifts_BN[user, there]
+    return scores
+
+
+def nothing_hidden(rows: int) -> Hidden:
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[PADDING_ROW] = True
+    return Hidden(mask, mask.nonzero()[:, 0])
+
+
+CASES = [(1, 1, 0), (5, 2, 0), (16, 3, 0), (700, 5, 0), (9000, 33, 0), (900, 4, 1), (4000, 6, 3), (9000, 2, 1)]
+
+
+@pytest.mark.parametrize(("items", "users", "different"), CASES)
+@pytest.mark.parametrize("keep", [1, 10, 100])
+def test_the_best_are_those_of_a_full_sort(items: int, users: int, different: int, keep: int) -> None:
+    table = made_up(items, items + users, different)
+    draw = np.random.default_rng(keep)
+    found = Items.of(table)
+    weights = torch.from_numpy(draw.standard_normal((users, 1 + STANDINGS + LIFTS)).astype(np.float32))
+    if different:
+        # The users alike in what they want, so that ties are between all rows of a kind.
+        weights[:, 1:-LIFTS] = 0
+    states = torch.from_numpy(draw.standard_normal((users, DIMENSION)).astype(np.float32))
+    history = torch.from_numpy(draw.integers(0, table.rows, (users, REACH)))
+    own = [draw.integers(0, table.rows, int(draw.integers(0, 9))).tolist() for _ in range(users)]
+    half = torch.from_numpy(draw.random(table.rows) < 0.5)
+    half[PADDING_ROW] = True
+    masks = [nothing_hidden(table.rows), Hidden(half, half.nonzero()[:, 0])]
+    hidden = [masks[int(draw.integers(2))] for _ in range(users)]
+    search = Search()
+    search.install(found, table)
+    top, rows, _ = search.find(weights, states, history, hidden, own, keep)
+    scores = in_full(table, found, weights, states, history)
+    for user in range(users):
+        scores[user, hidden[user].mask_I.numpy()] = HIDDEN
+        scores[user, own[user]] = HIDDEN
+        order = np.argsort(-scores[user], kind="stable")[: min(keep, table.rows)]
+        expected = [row for row in order.tolist() if scores[user, row] > HIDDEN / 2]
+        assert rows[user, : len(expected)].tolist() == expected
+        assert np.array_equal(top[user, : len(expected)].numpy(), scores[user, expected])
+        assert (top[user, len(expected) :] == HIDDEN).all()
+
+
+@pytest.mark.parametrize("users", [1, 7])
+def test_both_ways_of_retrieval_agree(users: int) -> None:
+    table = made_up(3000, 4)
+    draw = np.random.default_rng(3)
+    weights = torch.from_numpy(draw.standard_normal((users, 1 + STANDINGS + LIFTS)).astype(np.float32))
+    states = torch.from_numpy(draw.standard_normal((users, DIMENSION)).astype(np.float32))
+    history = torch.from_numpy(draw.integers(0, table.rows, (users, REACH)))
+    items = Items.of(table)
+    answers = []
+    for way in (Search(), Retrieval(CPU)):
+        way.install(items, table)
+        top, rows, known = way.find(weights, states, history, [nothing_hidden(table.rows)] * users, [()] * users, 50)
+        answers.append((top, *known.at(rows)))
+    for one, other in zip(*answers, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_keys_are_in_the_order_of_scores(numbers: list[float]) -> None:
+    """Either zero, numbers next to nothing, equal ones: as a stable sort has them."""
+    keys = np.array([[shortlist._key(np.float32(number), row) for row, number in enumerate(numbers)]])
+    scores, rows = shortlist.in_order(keys, len(numbers))
+    expected = sorted(range(len(numbers)), key=lambda row: (-numbers[row], row))
+    assert rows[0].tolist() == expected
+    assert scores[0].tolist() == [numbers[row] for row in expected]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (15, 3), (40, 16), (500, 7)])
+def test_what_is_lost_of_a_row_is_no_more_than_is_said(rows: int, width: int) -> None:
+    draw = np.random.default_rng(rows)
+    truth = (draw.standard_normal((rows, width)) * draw.random(width) * 9 + draw.random(width)).astype(np.float32)
+    rough = Rough.of(truth, centred=True)
+    assert np.allclose(unpacked(rough, rows, width), truth, atol=rough.lost)
+    # Written singly and out of range: it is clipped, and said to be.
+    truth[rows // 2] *= 50
+    rough.write(truth, np.array([rows // 2]))
+    lost = np.linalg.norm(unpacked(rough, rows, width) - truth, axis=1)
+    assert lost.max() == pytest.approx(rough.lost, rel=1e-3)
+    assert np.abs(rough.blocks_GP).max() <= LARGEST
+    assert rough.longest == pytest.approx(np.linalg.norm(truth, axis=1).max(), rel=1e-5)
+
+
+def unpacked(rough: Rough, rows: int, width: int) -> NDArray[np.float32]:
+    blocks = rough.blocks_GP.reshape(len(rough.blocks_GP), -1, lanes.ROWS, 2).transpose(0, 2, 1, 3)
+    numbers = blocks.reshape(len(rough.blocks_GP) * lanes.ROWS, -1)[:rows, :width]
+    found: NDArray[np.float32] = rough.centre_D + rough.scale_D * numbers
+    return found
+
+
+def test_standing_is_that_of_the_table() -> None:
+    for seed in range(3):
+        table = made_up(300, seed)
+        table.clock += 10 ** (2 * seed)
+        columns = {name: column.numpy() for name, column in table.columns.items()}
+        found = Standing.of(columns, table.rows, table.clock)
+        expected = table.standing()
+        assert np.allclose(found.rows_IS, expected.numpy(), atol=2e-6)
+        assert np.allclose(found.mean_S, expected[1:].mean(0).numpy(), atol=1e-5)
+
+
+def first_version() -> Replica:
+    replica = Replica(Settings(dimension=DIMENSION), CPU)
+    replica.table.allocate(f"item-{n}" for n in range(200))
+    replica.table.columns["vector"][1:201] = torch.randn(200, DIMENSION)
+    return replica
+
+
+def test_what_is_computed_ahead_is_what_the_version_has() -> None:
+    """Rows that changed, that are new, and that are far larger than any before: the same as computed from nothing."""
+    draw = torch.Generator().manual_seed(5)
+    replica, source = first_version(), Replica(Settings(dimension=DIMENSION), CPU)
+    items = Items.of(replica.table)
+    source.apply(replica.write_all())
+    for step in range(8):
+        first = source.table.rows
+        source.table.allocate(f"new-{step}-{n}" for n in range(40))
+        changed = torch.unique(torch.cat([torch.randint(1, first, (30,)), torch.arange(first, source.table.rows)]))
+        # The last version is small again: there the rows have been written anew.
+        vectors = torch.randn(len(changed), DIMENSION, generator=draw) * (1 + 3 * step if step < 7 else 1)
+        source.table.columns["vector"][changed] = vectors
+        source.table.columns["total"][changed] += 1
+        source.table.clock += 100
+        new_items = list(zip(source.table.item_ids[first:], range(first, source.table.rows), strict=True))
+        payload = source.write(changed, new_items)
+        ahead = Ahead.of(items, replica.table, payload)
+        assert ahead is not None
+        replica.apply(payload)
+        items, afresh = ahead.land(replica.table), Items.of(replica.table)
+        assert torch.equal(items.vectors_ID, afresh.vectors_ID)
+        assert torch.equal(items.standing_IS, afresh.standing_IS)
+        assert torch.allclose(items.mean_vector_D, afresh.mean_vector_D, atol=1e-5)
+        assert torch.allclose(items.mean_standing_S, afresh.mean_standing_S, atol=1e-6)
+        assert items.rough is not None
+        assert afresh.rough is not None
+        truth = items.vectors_ID.numpy()
+        lost = np.linalg.norm(unpacked(items.rough[0], len(truth), DIMENSION) - truth, axis=1)
+        assert lost.max() <= items.rough[0].lost * 1.001
+    assert items.rough[0].lost < 2 * afresh.rough[0].lost
+
+
+def test_a_rollback_is_computed_afresh() -> None:
+    replica = first_version()
+    assert Ahead.of(Items.of(replica.table), replica.table, replica.write_all()) is None
+
+
+def test_the_class_head_gives_the_numbers_of_the_network() -> None:
+    network = Replica(Settings(dimension=DIMENSION), CPU).network.eval()
+    draw = torch.Generator().manual_seed(2)
+    with torch.inference_mode():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+        network.rates.class_counts.copy_(torch.tensor([90.0, 7.0, 0.0, 1.0]))
+        users, count, classes = 5, 9, len(network.rates.class_counts)
+        states, context = torch.randn(users, DIMENSION), torch.randn(users, 16)
+        known = torch.randn(users, network.rates.user_width)
+        vectors, standing = torch.randn(users, count, DIMENSION), torch.randn(users, count, STANDINGS)
+        item_counts = torch.randint(0, 400, (users, count, classes)).float()
+        found = Ranking(network).logits(states, context, known, vectors, standing, item_counts)
+        shape = (-1, count, -1)
+        expected = network.class_logits(
+            states[:, None].expand(shape),
+            vectors,
+            standing,
+            context[:, None].expand(shape),
+            torch.cat([known[:, None].expand(shape), network.rates.item(item_counts)], 2),
+        )
+    assert torch.allclose(found, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_marks_are_the_sums_of_what_follows() -> None:
+    table = made_up(60, 8)
+    history = torch.randint(0, table.rows, (6, REACH))
+    marks = Marks.of(table, history.numpy(), [[3, 3, 7]] + [[]] * 5)
+    dense = table.transitions(history).lifts(table.rows, TRANSITION_FLOOR)
+    for user, rows in enumerate(marks.rows_BN):
+        there = rows != END
+        assert (np.diff(rows[there]) >= 0).all()
+        for look, expected in zip(marks.lifts_2BN[:, user], dense, strict=True):
+            shown = there & ~marks.hidden_BN[user]
+            assert np.allclose(look[shown], expected[user, rows[shown]].numpy(), atol=1e-6)
+            other = expected[user].numpy().copy()
+            other[rows[there]] = 0
+            assert not other.any()
+    assert marks.hidden_BN[0].sum() == 3
+    assert np.isneginf(marks.weighted(np.ones((6, 2), np.float32))[0]).sum() == 3
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_states_and_weights_are_those_of_the_network(blocks: int) -> None:
+    """Of full histories, short ones, ones with a gap in them, and none."""
+    length = 12
+    network = Replica(Settings(dimension=DIMENSION, history_length=length, blocks=blocks), CPU).network.eval()
+    draw = torch.Generator().manual_seed(2)
+    rows = torch.randint(1, 50, (40, length), generator=draw)
+    rows[torch.arange(length) < torch.randint(0, length + 1, (40, 1), generator=draw)] = 0
+    rows[0], rows[1, -1], rows[2, 3] = 0, 0, 0
+    histories = Histories(
+        rows,
+        torch.randint(1, 5, rows.shape, generator=draw) * (rows != 0),
+        torch.randint(0, 32, rows.shape, generator=draw) * (rows != 0),
+    )
+    vectors = torch.randn(50, DIMENSION, generator=draw)
+    vectors[0] = 0
+    with torch.inference_mode():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.4)
+        found = Encoder(network)(vectors, histories)
+        states = network.states(vectors[rows], vectors[rows[:, -1]], histories)
+        expected = states, network.mixing_weights(histories)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=2e-4, rtol=1e-4)
