@@ -60,7 +60,7 @@ class Rates(nn.Module):
                 deviation.copy_(TILT * place_C[:, None])
 
     def split(self, of_XR: Tensor) -> tuple[Tensor, ...]:
-        """Split the last axis into the five parts of the user (among all, own, context, residual, entries) and three of the item."""
+        """Split the last axis: among all, the user's own, context, residual, size; the item's own, deviation, size."""
         classes = len(self.class_counts)
         return torch.split(of_XR, [classes, classes, classes, 1, 1, classes, 1, 1], 1)
 
