@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from layers above it, and within its layer only from parts named before it. A part is a module
 # or a folder; inside a folder modules may know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("recsys.v1", "recsys.store.v1", "recsys.errors", "recsys.stages", "recsys.tls", "recsys.recommendation_id")
-    + ("recsys.condition",),
+    (
+        *("recsys.v1", "recsys.store.v1", "recsys.errors", "recsys.stages", "recsys.tls"),
+        *("recsys.recommendation_id", "recsys.condition"),
+    ),
     (
         "recsys.settings",
         *("recsys.logs", "recsys.traces", "recsys.feedback", "recsys.device", "recsys.additions"),
-        *("recsys.item_rows", "recsys.item_table"),
-        "recsys.network",
+        *("recsys.item_rows", "recsys.item_table", "recsys.rates", "recsys.network"),
         *("recsys.encoding", "recsys.batcher", "recsys.audience", "recsys.feedback_file"),
     ),
     (
