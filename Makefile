@@ -5,6 +5,8 @@ PORT ?=
 EVENTS ?=
 DATA ?=
 JSON ?=
+# Tests at a time.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cuda check lint types proto clean
@@ -21,7 +23,7 @@ demo: .venv/.installed  ## the whole loop on a simulated audience; DATA=ratings.
 	$(BIN)/recsys demo $(if $(DATA),--data '$(DATA)') $(if $(EVENTS),--events $(EVENTS)) $(if $(JSON),--json)
 
 test: .venv/.installed  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 test-cuda: .venv/.installed  ## the learner's and scorer's tests on a GPU
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \

@@ -57,6 +57,7 @@ SNAPSHOT_EVERY = 500
 # The publisher waits for the scorer when it is this far ahead: what nobody serves tears nothing.
 FARTHEST_AHEAD = 32
 LARGEST_CLOCK = 10_000
+UNCERTAIN = 0.2
 # Scores over gRPC come from batches of any size, whose sums are rounded differently; contents differ by far more.
 TOLERANCE = 1e-3
 CALL_SECONDS = 10.0
@@ -101,9 +102,12 @@ def content(settings: Settings, seed: int) -> WeightPayload:
             used.copy_(torch.randint(highest, used.shape, generator=generator))
         else:
             used.copy_(torch.rand(used.shape, generator=generator) + (0.0 if name == "vector" else 1.0))
-    for tensor in replica.network.state_dict().values():
+    for name, tensor in replica.network.state_dict().items():
         if tensor.dtype.is_floating_point:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            # Of a class head that is certain, no bias would be seen.
+            if name.startswith(("rank.", "rates.weigh.")):
+                tensor.mul_(UNCERTAIN)
     # A count is not negative.
     replica.network.rates.class_counts.abs_()
     replica.network.rates.context_counts.abs_()
