@@ -69,7 +69,8 @@ def _prepared(given: Given, data: Path | None, names: Columns | None, events: in
     from recsys.feedback_file import open_feedback_file
     from recsys.settings import CLASS_PRESETS
 
-    settings = given.otherwise(port=0, metrics_port=0, trainer_metrics_port=0)
+    # The screen shows what the log would say.
+    settings = given.otherwise(port=0, metrics_port=0, trainer_metrics_port=0, log_level="warning")
     settings = settings.model_copy(update={"data_dir": settings.data_dir / DIRECTORY})
     if data is not None:
         file = open_feedback_file(data, names)
