@@ -337,7 +337,12 @@ class ItemTable:
         return rows_A
 
     def retract(self, history_MK: Tensor, item_M: Tensor, feedback_class: int) -> Tensor:
-        """Take back the counting of M feedback of a class, each with its history; return the touched rows."""
+        """Take back the counting of M feedback of a class, each with its history; return the touched rows.
+
+        Of items without a row nothing was counted.
+        """
+        known_M = item_M != PADDING_ROW
+        history_MK, item_M = history_MK[known_M], item_M[known_M]
         one_C = torch.zeros_like(self.columns["classes"][0]).index_fill_(0, item_M.new_tensor(feedback_class), -1.0)
         rows_A = self._count_audience(history_MK, one_C.expand(len(item_M), -1))
         self.columns["audience"][rows_A] = self.columns["audience"][rows_A].clamp_min(0)

@@ -129,6 +129,18 @@ def test_a_click_leaves_no_impression_behind() -> None:
     assert learner.network.rates.class_counts.tolist() == pytest.approx([1, 4, 1, 1], abs=1e-3)
 
 
+def test_of_an_item_without_a_row_nothing_is_taken_back() -> None:
+    learner = _learner(item_admission=2)
+    # What the user of the item without a row had is counted by somebody else's impression.
+    _learn(learner, _event(4, IMPRESSION), _event(0, IMPRESSION, 7))
+    before = {name: column.clone() for name, column in learner.table.columns.items()}
+    learner.take_changed()
+    _learn(learner, _event(0, CLICK, 7))
+    assert 0 not in learner.take_changed().tolist()
+    for name in ("classes", "audience"):
+        assert torch.equal(learner.table.columns[name], before[name])
+
+
 def test_an_impression_is_taken_back_as_faded_as_it_is() -> None:
     learner = _learner()
     _learn(learner, _event(3, IMPRESSION, 7))

@@ -233,4 +233,5 @@ def target_of(ctx: typer.Context, server: str | None) -> str:
 
 
 def time_text(time: Timestamp) -> str:
+    """Write a time as RFC 3339, in UTC."""
     return time.ToJsonString()
