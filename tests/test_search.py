@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learning import CPU
+from numba.core import caching
 from numpy.typing import NDArray
 
 from recsys.item_table import PADDING_ROW, STANDINGS, ItemTable
 from recsys.network import LIFTS, TRANSITION_FLOOR, Histories
 from recsys.scorer import lanes, shortlist
+from recsys.scorer.compiled import compiled
 from recsys.scorer.encoder import Encoder
 from recsys.scorer.items import Ahead, Items
 from recsys.scorer.marks import END, Marks
@@ -290,3 +292,11 @@ def test_states_and_weights_are_those_of_the_network(blocks: int) -> None:
         expected = states, network.mixing_weights(histories)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=2e-4, rtol=1e-4)
+
+
+def test_code_is_compiled_where_nothing_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+    assert compiled(lambda x: x + 1)(41) == 42
+    assert "NUMBA_CACHE_DIR" in caplog.text
