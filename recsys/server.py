@@ -21,6 +21,7 @@ import recsys
 from recsys import traces
 from recsys.batcher import Batcher
 from recsys.catalog import Catalog, CatalogMirror
+from recsys.collector import settle
 from recsys.device import choose
 from recsys.errors import AddressInUse, SettingsError
 from recsys.feedback import Feedback
@@ -248,6 +249,7 @@ async def serve_until_signal(settings: Settings, parts: Parts, *, share_port: bo
     try:
         await _first(server.serving(), stopping.wait())
         if not stopping.is_set():
+            settle()
             host = bracketed(settings.host)
             tell(_log, logging.INFO, "serving", software=recsys.__version__, version=parts.scorer.version)
             print(f"serving on {host}:{server.port}, metrics on {host}:{server.metrics_port}/metrics", flush=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import recsys
 from recsys import traces
+from recsys.collector import settle
 from recsys.device import choose
 from recsys.errors import AddressInUse, OtherVersionCameFirst, StoreFull, StoreUnavailable
 from recsys.feedback_log import FeedbackLog, LogEntry, position_key
@@ -289,6 +290,7 @@ def run(settings: Settings) -> None:
     try:
         record = _started(daemon)
         if record is not None:
+            settle()
             where = f"{settings.host}:{server.server_port}"
             tell(_log, logging.INFO, "started", software=recsys.__version__, device=name, version=record.version)
             print(f"learning on {name} from version {record.version}, metrics on {where}/metrics", flush=True)
