@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from recsys.item_table import PADDING_ROW, TRANSITION_REACH
 from recsys.network import PARTS
 from recsys.scorer.items import Items
-from recsys.scorer.retrieval import Hidden, Retrieval
+from recsys.scorer.retrieval import Hidden, Own, Retrieval
 from recsys.scorer.search import Search
 from recsys.settings import Settings
 
@@ -43,7 +43,7 @@ def compare(settings: Settings, items: int, rounds: int) -> dict[str, Any]:
             ways: dict[str, Callable[[], Any]] = {}
             for name, way in (("search", Search()), ("retrieval", Retrieval(torch.device("cpu")))):
                 way.install(found, table)
-                ways[name] = partial(way.find, weights, states, history, [hidden] * users, own, KEEP)
+                ways[name] = partial(way.find, weights, states, history, [hidden] * users, Own.of(own), KEEP)
             ways |= faiss_ways(found, weights[:, :1] * states, weights[:, 1:-2])
             agree = (ways["search"]()[1] == ways["retrieval"]()[1]).float().mean().item()
             times: dict[str, list[float]] = {name: [] for name in ways}

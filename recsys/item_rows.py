@@ -14,8 +14,11 @@ PADDING_ROW = 0
 class ItemRows:
     """Hold the item of each row, and find rows by item; row 0 is never an item's.
 
-    `item_ids` are by row, "" where a row is free; `free_rows` are ascending.
+    `item_ids` are by row, "" where a row is free; `free_rows` are ascending; `revision` is another whenever an
+    item gets or loses a row.
     """
+
+    revision = 0
 
     def __init__(self) -> None:
         self._index: dict[str, int] = {}
@@ -23,6 +26,7 @@ class ItemRows:
 
     def clear(self) -> None:
         """Forget all items and rows."""
+        self.revision += 1
         self.item_ids: list[str] = [""]
         self.free_rows: NDArray[np.int64] = np.empty(0, np.int64)
         self._index = {}
@@ -54,6 +58,7 @@ class ItemRows:
     def allocate(self, item_ids: Iterable[str]) -> list[tuple[str, int]]:
         """Give a row to each item that has none, in the order given, free ones first; return those with their rows."""
         new = [item_id for item_id in dict.fromkeys(item_ids) if item_id not in self._index]
+        self.revision += bool(new)
         reused, self.free_rows = self.free_rows[: len(new)], self.free_rows[len(new) :]
         rows = [*reused.tolist(), *range(self.end, self.end + len(new) - len(reused))]
         for item_id, row in zip(new, reused.tolist(), strict=False):
@@ -74,6 +79,7 @@ class ItemRows:
         new.pop("", None)
         if len(new) + free != len(item_ids) or not self._index.keys().isdisjoint(new):
             raise ValueError("a new item already has a row")
+        self.revision += bool(item_ids)
         if free:
             behind = [self.end + place for place, item_id in enumerate(item_ids) if not item_id]
             self.free_rows = np.concatenate([self.free_rows, np.array(behind, np.int64)])
@@ -105,6 +111,7 @@ class ItemRows:
         arriving = [item_id for item_id in (*item_ids, *others) if item_id]
         if len(set(arriving)) < len(arriving) or any(each in self._index and each not in leaving for each in arriving):
             raise ValueError("a new item already has a row")
+        self.revision += 1
         for row in rows:
             self._index.pop(self.item_ids[row], None)
         for row, item_id in zip(rows, item_ids, strict=True):
@@ -117,6 +124,7 @@ class ItemRows:
 
     def remove(self, rows_R: NDArray[np.int64]) -> None:
         """Take rows, ascending, from their items."""
+        self.revision += 1
         for row in rows_R.tolist():
             del self._index[self.item_ids[row]]
             self.item_ids[row] = ""
@@ -124,6 +132,7 @@ class ItemRows:
 
     def truncate(self, rows: int) -> None:
         """Forget the rows from `rows` on, and their items."""
+        self.revision += 1
         for item_id in filter(None, self.item_ids[rows:]):
             del self._index[item_id]
         del self.item_ids[rows:]

@@ -125,6 +125,11 @@ class ItemTable:
         return len(self._rows)
 
     @property
+    def items_revision(self) -> int:
+        """Return a number that is another whenever an item gets or loses a row."""
+        return self._rows.revision
+
+    @property
     def rows(self) -> int:
         """Return the number of rows in use, padding and free ones included: row numbers lie below it."""
         return self._rows.end

@@ -70,7 +70,7 @@ class Rates(nn.Module):
         Of each history the entries' classes (0 is empty), the counts of the entries' items and, of the last K, those of
         their audiences; buckets of context pairs, -1 is empty.
         """
-        among_C, variance = self._among()
+        among_C, variance = self.among()
         batch, length = classes_BL.shape
         given_BL = classes_BL != 0
         if self.histories_tell:
@@ -96,7 +96,7 @@ class Rates(nn.Module):
 
     def item(self, counts: Tensor) -> Tensor:
         """Return what is known of items with these counts of each class: (..., item_width)."""
-        among_C, variance = self._among()
+        among_C, variance = self.among()
         deviation = (self._rates(counts, among_C) - among_C) @ self.worth_C / variance
         size = torch.log1p(counts.sum(-1, keepdim=True)) / 4
         return torch.cat([self._above(counts, among_C), deviation[..., None], size], -1)
@@ -120,7 +120,7 @@ class Rates(nn.Module):
         counts_P.index_add_(0, context_MP[given_MP], -taken_M[:, None].expand_as(context_MP)[given_MP])
         counts_P.clamp_min_(0)
 
-    def _among(self) -> tuple[Tensor, Tensor]:
+    def among(self) -> tuple[Tensor, Tensor]:
         """Return the rates among all, and the variance of the worth."""
         among_C = (self.class_counts + 1) / (self.class_counts + 1).sum()
         mean = among_C @ self.worth_C

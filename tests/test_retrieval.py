@@ -13,7 +13,7 @@ from torch import Tensor
 from recsys.item_table import TRANSITION_REACH, ItemTable
 from recsys.network import STANDINGS, Histories, RecommendationNetwork, build_network
 from recsys.scorer.items import Items
-from recsys.scorer.retrieval import GROUP, HIDDEN, MASK_FROM, STRETCH, TOGETHER, Hidden, Retrieval, largest, own_rows
+from recsys.scorer.retrieval import GROUP, HIDDEN, MASK_FROM, STRETCH, TOGETHER, Hidden, Own, Retrieval, largest
 from recsys.settings import Settings
 
 
@@ -160,6 +160,6 @@ def test_hidden_by_list_or_by_mask(few: bool) -> None:
 
 
 def test_own_rows() -> None:
-    users, rows = own_rows([[3, 4], [], [9]], CPU)
-    assert (users.tolist(), rows.tolist()) == ([0, 0, 2], [3, 4, 9])
-    assert [len(each) for each in own_rows([[], []], CPU)] == [0, 0]
+    own = Own.of([[3, 4], [], [9]])
+    assert (own.rows_H.tolist(), own.ends_B.tolist(), len(own)) == ([3, 4, 9], [2, 2, 3], 3)
+    assert len(Own.of([[], []]).rows_H) == 0

@@ -18,11 +18,13 @@ from recsys.scorer.compiled import compiled
 from recsys.scorer.encoder import Encoder
 from recsys.scorer.items import Ahead, Items
 from recsys.scorer.marks import END, Marks
+from recsys.scorer.parts import in_final_order, log_worth
 from recsys.scorer.ranking import Ranking
-from recsys.scorer.retrieval import HIDDEN, Hidden, Retrieval
+from recsys.scorer.retrieval import HIDDEN, Hidden, Own, Retrieval
 from recsys.scorer.rough import LARGEST, Rough
 from recsys.scorer.search import Search
 from recsys.scorer.standing import Standing
+from recsys.scorer.user_rates import UserRates
 from recsys.settings import Settings
 from recsys.weights.replica import Replica
 
@@ -108,7 +110,7 @@ def test_the_best_are_those_of_a_full_sort(items: int, users: int, different: in
     hidden = [masks[int(draw.integers(2))] for _ in range(users)]
     search = Search()
     search.install(found, table)
-    top, rows, _ = search.find(weights, states, history, hidden, own, keep)
+    top, rows, _ = search.find(weights, states, history, hidden, Own.of(own), keep)
     scores = in_full(table, found, weights, states, history)
     for user in range(users):
         scores[user, hidden[user].mask_I.numpy()] = HIDDEN
@@ -131,7 +133,9 @@ def test_both_ways_of_retrieval_agree(users: int) -> None:
     answers = []
     for way in (Search(), Retrieval(CPU)):
         way.install(items, table)
-        top, rows, known = way.find(weights, states, history, [nothing_hidden(table.rows)] * users, [()] * users, 50)
+        top, rows, known = way.find(
+            weights, states, history, [nothing_hidden(table.rows)] * users, Own.of([()] * users), 50
+        )
         answers.append((top, *known.at(rows)))
     for one, other in zip(*answers, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
@@ -236,9 +240,18 @@ def test_the_class_head_gives_the_numbers_of_the_network() -> None:
         users, count, classes = 5, 9, len(network.rates.class_counts)
         states, context = torch.randn(users, DIMENSION), torch.randn(users, 16)
         known = torch.randn(users, network.rates.user_width)
-        vectors, standing = torch.randn(users, count, DIMENSION), torch.randn(users, count, STANDINGS)
-        item_counts = torch.randint(0, 400, (users, count, classes)).float()
-        found = Ranking(network).logits(states, context, known, vectors, standing, item_counts)
+        table = ItemTable(DIMENSION, SUCCESSORS, CPU, 0, classes=classes)
+        table.allocate(f"item-{n}" for n in range(30))
+        table.column("vector").copy_(torch.randn(table.rows, DIMENSION))
+        table.column("classes").copy_(torch.randint(0, 400, (table.rows, classes)).float())
+        every_standing = torch.randn(table.rows, STANDINGS)
+        rows = torch.randint(0, table.rows, (users, count))
+        vectors, standing, item_counts = (
+            table.column("vector")[rows],
+            every_standing[rows],
+            table.column("classes")[rows],
+        )
+        found = Ranking(network, table, every_standing).logits(states, context, known, rows)
         shape = (-1, count, -1)
         expected = network.class_logits(
             states[:, None].expand(shape),
@@ -253,7 +266,7 @@ def test_the_class_head_gives_the_numbers_of_the_network() -> None:
 def test_marks_are_the_sums_of_what_follows() -> None:
     table = made_up(60, 8)
     history = torch.randint(0, table.rows, (6, REACH))
-    marks = Marks.of(table, history.numpy(), [[3, 3, 7]] + [[]] * 5)
+    marks = Marks.of(table, history.numpy(), Own.of([[3, 3, 7]] + [[]] * 5))
     dense = table.transitions(history).lifts(table.rows, TRANSITION_FLOOR)
     for user, rows in enumerate(marks.rows_BN):
         there = rows != END
@@ -300,3 +313,54 @@ def test_code_is_compiled_where_nothing_can_be_kept(
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
     assert compiled(lambda x: x + 1)(41) == 42
     assert "NUMBA_CACHE_DIR" in caplog.text
+
+
+@pytest.mark.parametrize("histories_tell", [False, True])
+def test_what_counting_says_of_users_is_what_the_network_says(histories_tell: bool) -> None:
+    """Of full histories, short ones and none, with and without a context."""
+    given = Settings(dimension=DIMENSION, history_length=14)
+    if histories_tell:
+        given = given.model_copy(
+            update={"classes": tuple(c.model_copy(update={"history": True}) for c in given.classes)}
+        )
+    network = Replica(given, CPU).network.eval()
+    assert network.rates.histories_tell == histories_tell
+    classes, draw = len(given.classes), torch.Generator().manual_seed(4)
+    table = ItemTable(DIMENSION, SUCCESSORS, CPU, 0, classes=classes)
+    table.allocate(f"item-{n}" for n in range(50))
+    for name in ("classes", "audience"):
+        table.column(name).copy_(torch.randint(0, 40, (table.rows, classes), generator=draw).float())
+    rows = torch.randint(1, table.rows, (30, 14), generator=draw)
+    rows[torch.arange(14) < torch.randint(0, 15, (30, 1), generator=draw)] = 0
+    rows[0], rows[1, -1] = 0, 0
+    filled = (rows != 0).long()
+    histories = Histories(
+        rows, torch.randint(1, classes + 1, rows.shape, generator=draw) * filled, torch.zeros_like(rows)
+    )
+    buckets = torch.randint(0, given.context_buckets, (30, 3), generator=draw)
+    buckets[torch.rand(buckets.shape, generator=draw) < 0.5] = -1
+    with torch.inference_mode():
+        network.rates.class_counts.copy_(torch.rand(classes, generator=draw) * 90)
+        network.rates.context_counts.copy_(torch.rand(network.rates.context_counts.shape, generator=draw) * 9)
+        context, rates = UserRates(network, table)(histories, buckets)
+        assert torch.allclose(context, network.context_vectors(buckets), atol=1e-6)
+        assert torch.allclose(rates, network.user_rates(histories, table, buckets), atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_order_is_by_score_and_worth_and_ties_keep_the_order_of_scores() -> None:
+    scores = np.array([[5, 4, 4, 3, HIDDEN], [5, 4, 3, 2, 1]], np.float32)
+    worth = np.array([[-2, 0, 0, 1.5, 9], [0, 0, 0, 9, 9]], np.float32)
+    rows = np.array([[7, 3, 8, 2, 0], [1, 2, 3, 4, 5]])
+    final, chosen = in_final_order(scores, worth, rows, np.array([5, 3]), 4)
+    # The second user has three candidates: what others want more for is not its own.
+    assert chosen[0].tolist() == [2, 3, 8, 7]
+    assert chosen[1, :3].tolist() == [1, 2, 3]
+    assert final[0].tolist() == [4.5, 4, 4, 3]
+    assert final[1, 3] <= HIDDEN / 2
+
+
+def test_the_weighted_log_of_worth_is_the_networks() -> None:
+    logits, worth = torch.randn(3, 4, 5), torch.tensor([0.0, 1.0, 2.0, 0.5, 4.0])
+    network = Replica(Settings(dimension=DIMENSION), CPU).network
+    expected = 0.5 * network.log_worth(logits, worth)
+    assert np.allclose(log_worth(logits.numpy(), worth.numpy(), 0.5), expected.numpy(), atol=1e-5)

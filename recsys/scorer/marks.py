@@ -6,9 +6,7 @@ Shapes: B users, K latest items, M successors of each, N marks, G blocks of rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from recsys.item_table import NEXT_POWER, ItemTable
 from recsys.network import TRANSITION_FLOOR
 from recsys.scorer.compiled import compiled
 from recsys.scorer.lanes import ROWS
+from recsys.scorer.retrieval import Own
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
@@ -38,10 +37,9 @@ class Marks:
     because_BN: Integers
 
     @classmethod
-    def of(cls, table: ItemTable, history_BK: Longs, own: Sequence[Sequence[int]]) -> Marks:
+    def of(cls, table: ItemTable, history_BK: Longs, own: Own | None = None) -> Marks:
         """Mark what follows the histories, latest first, and hide each user's `own` rows."""
-        ends_B = np.cumsum([len(each) for each in own], dtype=np.int64)
-        own_H = np.fromiter(chain.from_iterable(own), np.int64, int(ends_B[-1]) if len(own) else 0)
+        own = own or Own(np.empty(0, np.int64), np.zeros(len(history_BK), np.int64))
         distance_K = np.arange(1, history_BK.shape[1] + 1, dtype=np.float32)
         scale_2K = np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER])
         rows_BN, hidden_BN, sums_2BN, because_BN = _mark(
@@ -49,8 +47,8 @@ class Marks:
             table.column("successor_weight").numpy(),
             history_BK,
             scale_2K.astype(np.float32),
-            own_H,
-            ends_B,
+            own.rows_H,
+            own.ends_B,
         )
         # torch's logarithm does eight at a time.
         lifts_2BN = torch.from_numpy(sums_2BN).div_(TRANSITION_FLOOR).log1p_().numpy()

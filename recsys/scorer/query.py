@@ -17,8 +17,8 @@ NONE: Mapping[str, float] = MappingProxyType({})
 class Query:
     """Ask for the best `count` items, or for the scores of `candidates` when they are given."""
 
-    # Everything kept of the user's history, oldest first.
-    history: Sequence[HistoryEntry]
+    # Everything kept of the user's history, oldest first: as it is stored, a serialized History, or its entries.
+    history: Sequence[HistoryEntry] | bytes
     count: int = 10
     exclude: frozenset[str] = frozenset()
     allow_seen: bool = False

@@ -8,20 +8,28 @@ Shapes as in recsys.network; K candidates, H the first layer's width, E what is 
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.item_table import STANDINGS
+from recsys.item_table import STANDINGS, ItemTable
 from recsys.network import CONTEXT_WIDTH, RecommendationNetwork
+from recsys.rates import PRIOR
+from recsys.scorer.compiled import compiled
+
+Floats = NDArray[np.float32]
+Longs = NDArray[np.int64]
 
 
 class Ranking:
-    """Hold one version's class head."""
+    """Hold one version's class head and the items that it judges."""
 
-    def __init__(self, network: RecommendationNetwork) -> None:
+    def __init__(self, network: RecommendationNetwork, table: ItemTable, standing_IS: Tensor) -> None:
         self._rates = network.rates
         layers = cast("list[nn.Linear]", [each for each in network.rank if isinstance(each, nn.Linear)])
         first, self._second, self._third = layers
@@ -35,27 +43,78 @@ class Ranking:
         self._rest_EH = torch.cat([standing, item], 1).T
         self._known_user_CU, known_item = torch.split(self._rates.weigh.weight, known, 1)
         self._known_bias_C = self._rates.weigh.bias
-        self._known_EC = known_item.T
+        self._known_EC = known_item.T.contiguous()
+        self._items = table.column("vector"), standing_IS, table.column("classes")
+        self._on_host = table.device.type == "cpu"
+        if self._on_host:
+            among_C, variance = self._rates.among()
+            self._counting = (
+                *(each.numpy() for each in (among_C, self._rates.worth_C)),
+                float(variance),
+                self._known_EC.detach().numpy(),
+            )
 
-    def logits(
-        self,
-        states_BD: Tensor,
-        context_BC: Tensor,
-        user_BU: Tensor,
-        vectors_BKD: Tensor,
-        standing_BKS: Tensor,
-        item_counts_BKC: Tensor,
-    ) -> Tensor:
+    def logits(self, states_BD: Tensor, context_BC: Tensor, user_BU: Tensor, rows_BK: Tensor) -> Tensor:
         """Return the logits over feedback classes: (B, K, C); `user_BU` are the network's `user_rates`."""
         batch, dimension = states_BD.shape
-        item_BKE = self._rates.item(item_counts_BKC)
+        fed_BKE, known_BKC = self._feed(rows_BK)
         user_BH = F.linear(torch.cat([states_BD, context_BC, user_BU], 1), self._user_HU, self._user_bias_H)
-        fed_BKE = torch.cat([vectors_BKD, standing_BKS, item_BKE], 2)
         maps_BEH = states_BD.new_empty(batch, fed_BKE.shape[2], user_BH.shape[1])
         torch.addcmul(self._vector_DH, states_BD[:, :, None], self._product_DH, out=maps_BEH[:, :dimension])
         maps_BEH[:, dimension:] = self._rest_EH
         hidden_BKH = torch.baddbmm(user_BH[:, None], fed_BKE, maps_BEH).relu_()
         logits_BKC = self._third(self._second(hidden_BKH).relu_())
         known_BC = F.linear(user_BU, self._known_user_CU, self._known_bias_C)
-        found: Tensor = logits_BKC + known_BC[:, None] + item_BKE @ self._known_EC
+        found: Tensor = logits_BKC + known_BC[:, None] + known_BKC
         return found
+
+    def _feed(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the first layer gets of each row (B, K, E), and what counting alone says of it (B, K, C)."""
+        if self._on_host:
+            fed = _feed(rows_BK.numpy(), *(each.numpy() for each in self._items), *self._counting)
+            return torch.from_numpy(fed[0]), torch.from_numpy(fed[1])
+        vectors_BKD, standing_BKS, counts_BKC = (each[rows_BK] for each in self._items)
+        item_BKE = self._rates.item(counts_BKC)
+        return torch.cat([vectors_BKD, standing_BKS, item_BKE], 2), item_BKE @ self._known_EC
+
+
+@compiled
+def _feed(
+    rows_BK: Longs,
+    vectors_ID: Floats,
+    standing_IS: Floats,
+    counts_IC: Floats,
+    among_C: Floats,
+    worth_C: Floats,
+    variance: float,
+    known_EC: Floats,
+) -> tuple[Floats, Floats]:
+    """Gather what is known of rows, with Rates.item of their counts: one pass over memory that lies anywhere."""
+    users, kept = rows_BK.shape
+    width, standings, classes = vectors_ID.shape[1], standing_IS.shape[1], len(among_C)
+    end = width + standings
+    fed_BKE = np.empty((users, kept, end + classes + 2), np.float32)
+    known_BKC = np.empty((users, kept, classes), np.float32)
+    for user in range(users):
+        for place in range(kept):
+            row = rows_BK[user, place]
+            for column in range(width):
+                fed_BKE[user, place, column] = vectors_ID[row, column]
+            for column in range(standings):
+                fed_BKE[user, place, width + column] = standing_IS[row, column]
+            total = np.float32(0.0)
+            for each in range(classes):
+                total += counts_IC[row, each]
+            deviation, prior = np.float32(0.0), np.float32(PRIOR)
+            for each in range(classes):
+                count, among = counts_IC[row, each], among_C[each]
+                fed_BKE[user, place, end + each] = math.log((count / among + prior) / (total + prior))
+                deviation += ((count + prior * among) / (total + prior) - among) * worth_C[each]
+            fed_BKE[user, place, end + classes] = deviation / variance
+            fed_BKE[user, place, end + classes + 1] = math.log1p(total) / np.float32(4.0)
+            for each in range(classes):
+                sum_ = np.float32(0.0)
+                for column in range(classes + 2):
+                    sum_ += fed_BKE[user, place, end + column] * known_EC[column, each]
+                known_BKC[user, place, each] = sum_
+    return fed_BKE, known_BKC

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.item_table import ItemTable, Transitions
@@ -29,6 +31,25 @@ GROUP = 64
 STRETCH = 16_384
 # Where more than one in so many rows is hidden from everyone, a mask over all rows is faster than a list of them.
 MASK_FROM = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Hold the rows that must not come back to each of a batch of users, one user's after the other's."""
+
+    rows_H: NDArray[np.int64]
+    # Where each user's end.
+    ends_B: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Own:
+        """Take a list of rows for each user."""
+        ends_B = np.cumsum([len(each) for each in rows], dtype=np.int64)
+        return cls(np.fromiter(chain.from_iterable(rows), np.int64, int(ends_B[-1]) if len(rows) else 0), ends_B)
+
+    def __len__(self) -> int:
+        """Count the users."""
+        return len(self.ends_B)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +149,7 @@ class Retrieval:
     """Score all items for up to TOGETHER users at a time, and find the best; not for several threads at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self.board = Board(device)
+        self.board, self._device = Board(device), device
         self._vectors_ID = self._standing_IS = torch.empty(0, 0, device=device)
 
     def install(self, items: Items, table: ItemTable) -> None:
@@ -145,7 +166,7 @@ class Retrieval:
         states_BD: Tensor,
         history_BK: Tensor,
         hidden: Sequence[Hidden],
-        own: Sequence[Sequence[int]],
+        own: Own,
         keep: int,
     ) -> Found:
         """Find the `keep` rows with the largest scores, without those hidden from each user and its `own` rows.
@@ -162,7 +183,8 @@ class Retrieval:
             for place, other in enumerate(hidden):
                 if other is each:
                     each.apply(scores_BI[place : place + 1])
-        scores_BI[own_rows(own, scores_BI.device)] = HIDDEN
+        users_H = np.repeat(np.arange(len(own)), np.diff(own.ends_B, prepend=0))
+        scores_BI[torch.from_numpy(users_H).to(self._device), torch.from_numpy(own.rows_H).to(self._device)] = HIDDEN
         return Found(*self.best(keep), lifts)
 
     def lifts(self, transitions: Transitions) -> Lifts:
@@ -226,10 +248,3 @@ def _order(scores_BM: Tensor, places: Tensor) -> Tensor:
     bits_BM = (scores_BM + 0.0).view(torch.int32)
     ordered_BM = (bits_BM >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits_BM)
     return ordered_BM.to(torch.int64).bitwise_left_shift_(32).sub_(places)
-
-
-def own_rows(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return users and rows of lists of rows, one list a user, as two lists of the same length."""
-    users = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
-    flat = np.fromiter((row for each in rows for row in each), np.int64, len(users))
-    return torch.from_numpy(users).to(device), torch.from_numpy(flat).to(device)

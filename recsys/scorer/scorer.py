@@ -12,6 +12,7 @@ import torch
 
 from recsys.catalog import CatalogMirror
 from recsys.errors import NotReady
+from recsys.scorer.ids import Ids
 from recsys.scorer.items import Ahead, Items, looked_at_roughly
 from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
@@ -20,7 +21,7 @@ from recsys.scorer.served import Served
 from recsys.served_lists import Popularity
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
-from recsys.weights.payload import WeightPayload
+from recsys.weights.payload import NewItems, WeightPayload
 from recsys.weights.replica import Replica
 from recsys.weights.shared import SharedWeights
 
@@ -51,6 +52,9 @@ class Scorer:
         self._status = Status()
         self._retrieval = Search() if looked_at_roughly(device) else Retrieval(device)
         self._items: Items | None = None
+        self._ids = Ids([])
+        # Whose ids they are, and which revision of them.
+        self._ids_of: tuple[Replica | None, int] = (None, 0)
         self._served: Served | None = None
         # Called with a version after the first answer that it gave.
         self.on_first_answer: Callable[[int], None] = lambda version: None
@@ -154,22 +158,35 @@ class Scorer:
             ahead = Ahead.of(self._items, replica.table, payload)
         with self._lock:
             replica.apply(payload)
-            self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica))
+            self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica), payload)
 
     @torch.inference_mode()
     def _items_of(self, replica: Replica) -> Items:
         return Items.of(replica.table)
 
     @torch.inference_mode()
-    def _install(self, record: VersionRecord, applied_ms: int, items: Items) -> None:
+    def _install(
+        self, record: VersionRecord, applied_ms: int, items: Items, payload: WeightPayload | None = None
+    ) -> None:
         assert self._replica is not None
         self._items = items
-        self._served = Served(self._settings, self._mirror, self._replica, items, self._retrieval)
+        self._follow_ids(self._replica, payload)
+        self._served = Served(self._settings, self._mirror, self._replica, items, self._ids, self._retrieval)
         self._record = record
         self._unanswered = True
         self._status = Status(
             record.version, record.committed_ms, applied_ms, len(self._replica.table), record.feedback_learned
         )
+
+    def _follow_ids(self, replica: Replica, payload: WeightPayload | None) -> None:
+        """Know the items of the replica; `payload` is what moved it here from where they were known."""
+        of = replica, replica.table.items_revision
+        if of == self._ids_of:
+            return
+        new = NewItems.of(payload.new_items) if payload and not payload.whole and not payload.kept_rows else None
+        if new is None or replica is not self._ids_of[0] or not self._ids.write(new.rows, new.ids):
+            self._ids = Ids(replica.table.item_ids)
+        self._ids_of = of
 
     def popularity(self, item_ids: Sequence[str]) -> Popularity:
         """Return how often each row of the item table was chosen, and the rows of `item_ids`, 0 where there is none.

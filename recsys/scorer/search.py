@@ -16,7 +16,7 @@ from recsys.network import LIFTS
 from recsys.scorer import scan, shortlist
 from recsys.scorer.items import Items
 from recsys.scorer.marks import Marks
-from recsys.scorer.retrieval import Found, Hidden
+from recsys.scorer.retrieval import Found, Hidden, Own
 
 
 class Search:
@@ -31,7 +31,7 @@ class Search:
 
     def look_up(self, history_BK: Tensor) -> Marks:
         """Sum what the transition memory says of histories, latest first."""
-        return Marks.of(self._table, history_BK.numpy(), [()] * len(history_BK))
+        return Marks.of(self._table, history_BK.numpy())
 
     def find(
         self,
@@ -39,7 +39,7 @@ class Search:
         states_BD: Tensor,
         history_BK: Tensor,
         hidden: Sequence[Hidden],
-        own: Sequence[Sequence[int]],
+        own: Own,
         keep: int,
     ) -> Found:
         """Return what Retrieval.find does."""

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.catalog import CatalogMirror, CategoryFilter
-from recsys.encoding import RowHistory, encode_contexts, encode_histories, row_history, to_histories, to_tensor
+from recsys.encoding import encode_contexts, to_histories, to_tensor
 from recsys.item_table import PADDING_ROW, TRANSITION_REACH
-from recsys.network import LIFTS
 from recsys.scorer.encoder import Encoder
+from recsys.scorer.ids import Ids
 from recsys.scorer.items import Items
+from recsys.scorer.parts import Floats, Parts, apart, in_final_order, log_worth
 from recsys.scorer.query import Query, ScoredItem, ScoreParts
 from recsys.scorer.ranking import Ranking
-from recsys.scorer.retrieval import HIDDEN, Hidden, Known, Retrieval
+from recsys.scorer.reading import read
+from recsys.scorer.retrieval import HIDDEN, Hidden, Known, Own, Retrieval
 from recsys.scorer.search import Search
+from recsys.scorer.user_rates import UserRates
 from recsys.settings import Settings
-from recsys.v1.recommender_pb2 import SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING
+from recsys.store.v1.log_pb2 import History
 from recsys.weights.replica import Replica
 
 # Retrieved by score, then put in order by expected worth; more when more are asked for.
@@ -43,35 +48,30 @@ class _Users:
     rates_BU: Tensor
     # The latest rows of their histories, latest first.
     latest_BK: Tensor
-    # Their latest entries, as far as items and classes are known.
-    recent: Sequence[RowHistory]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    """Hold of users and K items each the parts of the score and the largest of them."""
-
-    network_BK: Tensor
-    standing_BK: Tensor
-    transitions_BK: Tensor
-    # Values of recsys.v1.Source, and the row of the history item that explains it; 0 where none does.
-    sources_BK: Tensor
-    because_BK: Tensor
+    # All rows of their histories.
+    seen: Own
 
 
 class Served:
     """Answer from one version; the replica must not change meanwhile, and `retrieval` is for one batch at a time."""
 
     def __init__(
-        self, settings: Settings, mirror: CatalogMirror, replica: Replica, items: Items, retrieval: Retrieval | Search
+        self,
+        settings: Settings,
+        mirror: CatalogMirror,
+        replica: Replica,
+        items: Items,
+        ids: Ids,
+        retrieval: Retrieval | Search,
     ) -> None:
-        self._settings, self._mirror = settings, mirror
-        self._network, self._table, self._items = replica.network, replica.table, items
-        self._device = replica.device
+        self._settings, self._mirror, self._ids = settings, mirror, ids
+        self._class_ids = Ids(["", *(each.name for each in settings.classes)])
+        self._table, self._device = replica.table, replica.device
         self._vectors_ID, self._standing_IS = items.vectors_ID, items.standing_IS
-        self._encoder, self._ranking = Encoder(replica.network), Ranking(replica.network)
-        self._worth_C = torch.tensor([c.worth for c in settings.classes], device=self._device)
-        self._sources = torch.tensor([SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING], device=self._device)
+        self._means = items.mean_vector_D.cpu().numpy(), items.mean_standing_S.cpu().numpy()
+        self._encoder, self._user_rates = Encoder(replica.network), UserRates(replica.network, replica.table)
+        self._ranking = Ranking(replica.network, replica.table, items.standing_IS)
+        self._worth_C = np.array([c.worth for c in settings.classes], np.float32)
         self._hidden: dict[CategoryFilter | None, tuple[int, Hidden]] = {}
         self._retrieval = retrieval
         retrieval.install(items, replica.table)
@@ -82,20 +82,14 @@ class Served:
         keep = max(CANDIDATES, *(query.count for query in queries))
         hidden = [self._hidden_by(query.filter) for query in queries]
         top_BK, rows_BK, known = self._retrieval.find(
-            users.weights_BP, users.states_BD, users.latest_BK, hidden, self._own(queries, users), keep
+            users.weights_BP, users.states_BD, users.latest_BK, hidden, self._own(queries, users.seen), keep
         )
-        keep = rows_BK.shape[1]
-        final_BK = top_BK + self._log_worth(self._logits(users, rows_BK))
-        # Whoever else asks, a query's candidates are its own: more are kept only for those that want more.
-        own_B1 = torch.tensor([[max(CANDIDATES, query.count)] for query in queries], device=self._device)
-        beyond_BK = torch.arange(keep, device=self._device) >= own_B1
-        final_BK = final_BK.masked_fill(beyond_BK | (top_BK <= HIDDEN / 2), HIDDEN)
-        final_BK, order_BK = final_BK.sort(dim=1, descending=True, stable=True)
+        worth_BK, _ = self._judge(users, rows_BK)
+        own_B = np.array([max(CANDIDATES, query.count) for query in queries])
         most = max(query.count for query in queries)
-        final_BK, rows_BK = final_BK[:, :most], rows_BK.gather(1, order_BK)[:, :most]
-        pairs = self._pairs(users, rows_BK, known)
-        # Synchronises with the GPU: the answer leaves it.
-        columns = [tensor.tolist() for tensor in (rows_BK, final_BK, pairs.sources_BK, pairs.because_BK)]
+        final_BM, chosen_BM = in_final_order(_host(top_BK), worth_BK, _host(rows_BK), own_B, most)
+        parts = self._apart(users, torch.from_numpy(chosen_BM).to(self._device), known)
+        columns = [array.tolist() for array in (chosen_BM, final_BM, parts.sources_BK, parts.because_BK)]
         item_ids = self._table.item_ids
         return [
             [
@@ -112,12 +106,11 @@ class Served:
         rows = [self._table.look_up(query.candidates or ()) for query in queries]
         most = max(map(len, rows))
         rows_BK = torch.tensor([[*each, *[PADDING_ROW] * (most - len(each))] for each in rows], device=self._device)
-        pairs = self._pairs(users, rows_BK, self._retrieval.look_up(users.latest_BK))
-        logits_BKC = self._logits(users, rows_BK)
-        worth_BK = self._log_worth(logits_BKC)
-        parts_BK4 = torch.stack([pairs.network_BK, pairs.standing_BK, pairs.transitions_BK, worth_BK], 2)
-        # Synchronises with the GPU: the answer leaves it.
-        columns = [tensor.tolist() for tensor in (pairs.sources_BK, pairs.because_BK, parts_BK4, logits_BKC.softmax(2))]
+        found = self._apart(users, rows_BK, self._retrieval.look_up(users.latest_BK))
+        worth_BK, logits_BKC = self._judge(users, rows_BK)
+        parts_BK4 = np.stack([found.network_BK, found.standing_BK, found.transitions_BK, worth_BK], 2)
+        shares_BKC = logits_BKC.softmax(2)
+        columns = [array.tolist() for array in (found.sources_BK, found.because_BK, parts_BK4, shares_BKC)]
         names, item_ids = [c.name for c in self._settings.classes], self._table.item_ids
         return [
             [
@@ -138,63 +131,41 @@ class Served:
         ]
 
     def _users(self, queries: Sequence[Query], now_ms: int) -> _Users:
-        table, network, settings = self._table, self._network, self._settings
-        length = settings.history_length
-        rows = [row_history(query.history[-length:], table, settings.class_index) for query in queries]
-        histories = to_histories(encode_histories(rows, [now_ms] * len(rows), length), self._device)
+        settings = self._settings
+        stored = [_stored(query) for query in queries]
+        found = read(stored, self._ids, self._class_ids, now_ms, settings.history_length)
+        histories = to_histories((found.rows_BL, found.classes_BL, found.gaps_BL), self._device)
         states_BD, weights_BP = self._encoder(self._vectors_ID, histories)
         buckets_BP = to_tensor(encode_contexts([query.context for query in queries], settings), self._device)
-        return _Users(
-            weights_BP,
-            states_BD,
-            network.context_vectors(buckets_BP),
-            network.user_rates(histories, table, buckets_BP),
-            histories.latest_first(TRANSITION_REACH),
-            rows,
-        )
+        context_BC, rates_BU = self._user_rates(histories, buckets_BP)
+        latest_BK = histories.latest_first(TRANSITION_REACH)
+        return _Users(weights_BP, states_BD, context_BC, rates_BU, latest_BK, Own(found.seen_H, found.ends_B))
 
-    def _logits(self, users: _Users, rows_BK: Tensor) -> Tensor:
-        items = (self._vectors_ID[rows_BK], self._standing_IS[rows_BK], self._table.column("classes")[rows_BK])
-        return self._ranking.logits(users.states_BD, users.context_BC, users.rates_BU, *items)
+    def _judge(self, users: _Users, rows_BK: Tensor) -> tuple[Floats, Tensor]:
+        """Return the weighted log of the expected worth of feedback on each pair (B, K), and the classes' logits."""
+        # Synchronises with the GPU: what is chosen leaves it.
+        logits_BKC = self._ranking.logits(users.states_BD, users.context_BC, users.rates_BU, rows_BK).cpu()
+        return log_worth(logits_BKC.numpy(), self._worth_C, self._settings.worth_weight), logits_BKC
 
-    def _log_worth(self, logits_BKC: Tensor) -> Tensor:
-        """Return the weighted log of the expected worth of feedback on each pair: (B, K)."""
-        return self._settings.worth_weight * self._network.log_worth(logits_BKC, self._worth_C)
-
-    def _pairs(self, users: _Users, rows_BK: Tensor, known: Known) -> _Pairs:
-        weights_BP, states_BD = users.weights_BP, users.states_BD
-        network_B1, standing_BS, lifts_B2 = weights_BP[:, :1], weights_BP[:, 1:-LIFTS], weights_BP[:, -LIFTS:]
+    def _apart(self, users: _Users, rows_BK: Tensor, known: Known) -> Parts:
         lifts_BK2, because_BK = known.at(rows_BK)
-        network_BK = network_B1 * torch.einsum("bd,bkd->bk", states_BD, self._vectors_ID[rows_BK])
-        standing_BK = torch.einsum("bs,bks->bk", standing_BS, self._standing_IS[rows_BK])
-        transitions_BK = torch.einsum("bt,bkt->bk", lifts_B2, lifts_BK2)
-        reasons_BK3 = torch.stack(
-            [
-                network_BK - network_B1 * (states_BD @ self._items.mean_vector_D)[:, None],
-                transitions_BK,
-                standing_BK - (standing_BS @ self._items.mean_standing_S)[:, None],
-            ],
-            2,
+        return apart(
+            *(_host(users.weights_BP), _host(users.states_BD)),
+            *(_host(self._vectors_ID[rows_BK]), _host(self._standing_IS[rows_BK])),
+            *(_host(lifts_BK2), _host(because_BK), *self._means),
         )
-        # A part that says nothing is no reason, even where the others are below average: the network without a
-        # history, the transition memory for an item that never followed.
-        reasons_BK3[:, :, 0].masked_fill_(network_B1 == 0, HIDDEN)
-        reasons_BK3[:, :, 1].masked_fill_(lifts_BK2[:, :, 0] == 0, HIDDEN)
-        sources_BK = self._sources[reasons_BK3.argmax(2)]
-        because_BK = because_BK.masked_fill(sources_BK != SOURCE_TRANSITION, PADDING_ROW)
-        return _Pairs(network_BK, standing_BK, transitions_BK, sources_BK, because_BK)
 
-    def _own(self, queries: Sequence[Query], users: _Users) -> list[list[int]]:
+    def _own(self, queries: Sequence[Query], seen: Own) -> Own:
         """Return the rows that must not come back to each user."""
-        look_up = self._table.look_up
-        own: list[list[int]] = []
-        for query, recent in zip(queries, users.recent, strict=True):
-            own.append(look_up(query.exclude))
-            if not query.allow_seen:
-                # Most often all of the history has been looked up.
-                whole = len(recent.rows) == len(query.history)
-                own[-1] += recent.rows if whole else look_up([entry.item_id for entry in query.history])
-        return own
+        if not any(query.allow_seen or query.exclude for query in queries):
+            return seen
+        each = np.split(seen.rows_H, seen.ends_B[:-1])
+        return Own.of(
+            [
+                self._table.look_up(query.exclude) + ([] if query.allow_seen else rows.tolist())
+                for query, rows in zip(queries, each, strict=True)
+            ]
+        )
 
     def _hidden_by(self, categories: CategoryFilter | None) -> Hidden:
         """Return which rows a filter and the deletions hide, kept until the catalogue changes."""
@@ -220,3 +191,12 @@ class Served:
             self._hidden.clear()
         self._hidden[categories] = (revision, hidden)
         return hidden
+
+
+def _stored(query: Query) -> bytes:
+    history = query.history
+    return history if isinstance(history, bytes) else History(history=history).SerializeToString()
+
+
+def _host(tensor: Tensor) -> NDArray[Any]:
+    return tensor.cpu().numpy()

@@ -24,7 +24,6 @@ from recsys.service import validation
 from recsys.service.edge import Pending
 from recsys.service.store_calls import StoreCalls
 from recsys.settings import Settings
-from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.v1 import recommender_pb2
 
 DEFAULT_COUNT = 10
@@ -72,11 +71,11 @@ class Scoring:
             [replace(q.query, history=history) for q, history in zip(questions, histories, strict=True)]
         )
 
-    def _read(self, user_ids: Sequence[str]) -> Sequence[list[HistoryEntry]]:
+    def _read(self, user_ids: Sequence[str]) -> Sequence[bytes]:
         started = self._clock()
         if started >= self._paused_until:
             try:
-                found = self._histories.read(user_ids)
+                found = self._histories.read_serialized(user_ids)
                 empty = sum(not history for history in found)
                 self._metrics.scored("empty", empty)
                 self._metrics.scored("known", len(found) - empty)
@@ -88,7 +87,7 @@ class Scoring:
         self._metrics.scored("unavailable", len(user_ids))
         for _ in user_ids:
             self._metrics.rejected("histories_unavailable")
-        return [[] for _ in user_ids]
+        return [b""] * len(user_ids)
 
 
 class Appending:
