@@ -18,7 +18,7 @@ from recsys.scorer.compiled import compiled
 from recsys.scorer.encoder import Encoder
 from recsys.scorer.items import Ahead, Items
 from recsys.scorer.marks import END, Marks
-from recsys.scorer.parts import in_final_order, log_worth
+from recsys.scorer.parts import contested, in_final_order, log_worth
 from recsys.scorer.ranking import Ranking
 from recsys.scorer.retrieval import HIDDEN, Hidden, Own, Retrieval
 from recsys.scorer.rough import LARGEST, Rough
@@ -364,3 +364,14 @@ def test_the_weighted_log_of_worth_is_the_networks() -> None:
     network = Replica(Settings(dimension=DIMENSION), CPU).network
     expected = 0.5 * network.log_worth(logits, worth)
     assert np.allclose(log_worth(logits.numpy(), worth.numpy(), 0.5), expected.numpy(), atol=1e-5)
+
+
+def test_candidates_that_worth_could_bring_forward_are_judged_and_no_others() -> None:
+    scores = np.array([[5, 4, 3, 2], [5, 4, 3.9, 2], [5, 4, HIDDEN, HIDDEN], [5, 4, 3.9, 2]], np.float32)
+    worth = np.array([[-0.5, 0], [-0.5, 0], [-9, -9], [-0.5, 0]], np.float32)
+    own, wanted = np.array([4, 4, 4, 2]), np.array([2, 2, 2, 2])
+    # The second best stands at 4: a candidate at 3 needs a worth above 1, one at 3.9 above 0.1; the last has two only.
+    assert contested(scores, worth, own, wanted, 0.5).tolist() == [1]
+    assert contested(scores, worth, own, wanted, 1.1).tolist() == [0, 1]
+    assert contested(scores, worth, own, wanted, 0.05).tolist() == []
+    assert contested(scores, worth, own, np.array([1, 1, 1, 1]), 0.05).tolist() == []

@@ -54,6 +54,26 @@ def log_worth(logits_BKC: Floats, worth_C: Floats, weight: float) -> Floats:
 
 
 @compiled
+def contested(scores_BK: Floats, worth_BF: Floats, own_B: Longs, wanted_B: Longs, most_worth: float) -> Longs:
+    """Return the users for whom a candidate past the first F, whose worth is known, may still be among those wanted.
+
+    None is where even `most_worth` would not bring the best of the others there: scores are in descending order.
+    """
+    users, first = worth_BF.shape
+    found_B = np.empty(users, np.int64)
+    count = 0
+    for user in range(users):
+        best = scores_BK[user, first] if first < scores_BK.shape[1] else np.float32(HIDDEN)
+        if first >= own_B[user] or best <= np.float32(HIDDEN / 2):
+            continue
+        final_F = np.sort(scores_BK[user, :first] + worth_BF[user])
+        if wanted_B[user] > first or best + most_worth > final_F[first - wanted_B[user]]:
+            found_B[count] = user
+            count += 1
+    return found_B[:count].copy()
+
+
+@compiled
 def in_final_order(
     scores_BK: Floats, worth_BK: Floats, rows_BK: Longs, own_B: Longs, most: int
 ) -> tuple[Floats, Longs]:

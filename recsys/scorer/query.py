@@ -13,12 +13,12 @@ from recsys.store.v1.log_pb2 import HistoryEntry
 NONE: Mapping[str, float] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Query:
     """Ask for the best `count` items, or for the scores of `candidates` when they are given."""
 
     # Everything kept of the user's history, oldest first: as it is stored, a serialized History, or its entries.
-    history: Sequence[HistoryEntry] | bytes
+    history: Sequence[HistoryEntry] | bytes = b""
     count: int = 10
     exclude: frozenset[str] = frozenset()
     allow_seen: bool = False

@@ -71,7 +71,7 @@ class Ranking:
     def _feed(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the first layer gets of each row (B, K, E), and what counting alone says of it (B, K, C)."""
         if self._on_host:
-            fed = _feed(rows_BK.numpy(), *(each.numpy() for each in self._items), *self._counting)
+            fed = _feed(rows_BK.contiguous().numpy(), *(each.numpy() for each in self._items), *self._counting)
             return torch.from_numpy(fed[0]), torch.from_numpy(fed[1])
         vectors_BKD, standing_BKS, counts_BKC = (each[rows_BK] for each in self._items)
         item_BKE = self._rates.item(counts_BKC)

@@ -6,7 +6,7 @@ Shapes as in recsys.network; K candidates kept for the final order.
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,15 @@ from torch import Tensor
 from recsys.catalog import CatalogMirror, CategoryFilter
 from recsys.encoding import encode_contexts, to_histories, to_tensor
 from recsys.item_table import PADDING_ROW, TRANSITION_REACH
+from recsys.network import WORTH_FLOOR
 from recsys.scorer.encoder import Encoder
 from recsys.scorer.ids import Ids
 from recsys.scorer.items import Items
-from recsys.scorer.parts import Floats, Parts, apart, in_final_order, log_worth
+from recsys.scorer.parts import Floats, Longs, Parts, apart, contested, in_final_order, log_worth
 from recsys.scorer.query import Query, ScoredItem, ScoreParts
 from recsys.scorer.ranking import Ranking
 from recsys.scorer.reading import read
-from recsys.scorer.retrieval import HIDDEN, Hidden, Known, Own, Retrieval
+from recsys.scorer.retrieval import HIDDEN, Found, Hidden, Known, Own, Retrieval
 from recsys.scorer.search import Search
 from recsys.scorer.user_rates import UserRates
 from recsys.settings import Settings
@@ -33,6 +34,11 @@ from recsys.weights.replica import Replica
 
 # Retrieved by score, then put in order by expected worth; more when more are asked for.
 CANDIDATES = 100
+# So many of them are put in order first, and at least twice as many as are asked for; the others only where they may
+# still come among those.
+FIRST_LOOK = 32
+# What rounding may add to the largest worth there is, on the scale of scores.
+WORTH_SLACK = 1e-3
 # Filters whose masks are kept.
 MASKS_KEPT = 64
 
@@ -50,6 +56,16 @@ class _Users:
     latest_BK: Tensor
     # All rows of their histories.
     seen: Own
+
+    def take(self, index_B: Longs, device: torch.device) -> _Users:
+        """Return some of the users, as far as a judgement depends on them."""
+        index = torch.from_numpy(index_B).to(device)
+        return replace(
+            self,
+            states_BD=self.states_BD[index],
+            context_BC=self.context_BC[index],
+            rates_BU=self.rates_BU[index],
+        )
 
 
 class Served:
@@ -72,6 +88,7 @@ class Served:
         self._encoder, self._user_rates = Encoder(replica.network), UserRates(replica.network, replica.table)
         self._ranking = Ranking(replica.network, replica.table, items.standing_IS)
         self._worth_C = np.array([c.worth for c in settings.classes], np.float32)
+        self._most_worth = settings.worth_weight * float(np.log(self._worth_C.max() + WORTH_FLOOR)) + WORTH_SLACK
         self._hidden: dict[CategoryFilter | None, tuple[int, Hidden]] = {}
         self._retrieval = retrieval
         retrieval.install(items, replica.table)
@@ -81,14 +98,11 @@ class Served:
         users = self._users(queries, now_ms)
         keep = max(CANDIDATES, *(query.count for query in queries))
         hidden = [self._hidden_by(query.filter) for query in queries]
-        top_BK, rows_BK, known = self._retrieval.find(
+        found = self._retrieval.find(
             users.weights_BP, users.states_BD, users.latest_BK, hidden, self._own(queries, users.seen), keep
         )
-        worth_BK, _ = self._judge(users, rows_BK)
-        own_B = np.array([max(CANDIDATES, query.count) for query in queries])
-        most = max(query.count for query in queries)
-        final_BM, chosen_BM = in_final_order(_host(top_BK), worth_BK, _host(rows_BK), own_B, most)
-        parts = self._apart(users, torch.from_numpy(chosen_BM).to(self._device), known)
+        final_BM, chosen_BM = self._order(users, found, np.array([query.count for query in queries]))
+        parts = self._apart(users, torch.from_numpy(chosen_BM).to(self._device), found.known)
         columns = [array.tolist() for array in (chosen_BM, final_BM, parts.sources_BK, parts.because_BK)]
         item_ids = self._table.item_ids
         return [
@@ -141,9 +155,26 @@ class Served:
         latest_BK = histories.latest_first(TRANSITION_REACH)
         return _Users(weights_BP, states_BD, context_BC, rates_BU, latest_BK, Own(found.seen_H, found.ends_B))
 
+    def _order(self, users: _Users, found: Found, wanted_B: Longs) -> tuple[Floats, Longs]:
+        """Put the candidates in order by score and worth; return the best with their rows, as many as any user wants.
+
+        The order is that of all candidates, though most of them are not judged where scores differ by more than worth.
+        """
+        # Synchronises with the GPU: what is chosen leaves it.
+        scores_BK, own_B = _host(found.scores_BK), np.maximum(CANDIDATES, wanted_B)
+        most = int(wanted_B.max())
+        first = min(scores_BK.shape[1], max(FIRST_LOOK, 2 * most))
+        worth_BK = np.full_like(scores_BK, -np.inf)
+        worth_BK[:, :first], _ = self._judge(users, found.rows_BK[:, :first])
+        still_B = contested(scores_BK, worth_BK[:, :first].copy(), own_B, wanted_B, self._most_worth)
+        if len(still_B):
+            rows_BK = found.rows_BK[torch.from_numpy(still_B).to(self._device)]
+            worth_BK[still_B, first:], _ = self._judge(users.take(still_B, self._device), rows_BK[:, first:])
+        ordered: tuple[Floats, Longs] = in_final_order(scores_BK, worth_BK, _host(found.rows_BK), own_B, most)
+        return ordered
+
     def _judge(self, users: _Users, rows_BK: Tensor) -> tuple[Floats, Tensor]:
         """Return the weighted log of the expected worth of feedback on each pair (B, K), and the classes' logits."""
-        # Synchronises with the GPU: what is chosen leaves it.
         logits_BKC = self._ranking.logits(users.states_BD, users.context_BC, users.rates_BU, rows_BK).cpu()
         return log_worth(logits_BKC.numpy(), self._worth_C, self._settings.worth_weight), logits_BKC
 

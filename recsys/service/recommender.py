@@ -67,9 +67,9 @@ class Scoring:
         """Answer in the order asked."""
         self._metrics.batch_scored(len(questions))
         histories = self._read([question.user_id for question in questions])
-        return self._scorer.answer(
-            [replace(q.query, history=history) for q, history in zip(questions, histories, strict=True)]
-        )
+        for question, history in zip(questions, histories, strict=True):
+            question.query.history = history
+        return self._scorer.answer([question.query for question in questions])
 
     def _read(self, user_ids: Sequence[str]) -> Sequence[bytes]:
         started = self._clock()
@@ -148,17 +148,16 @@ class Recommender:
         item_ids, sources = [item.item_id for item in answer.items], [item.source for item in answer.items]
         response = recommender_pb2.RecommendResponse(
             recommendation_id=issue(answer.version, item_ids, sources, self._settings.max_id_bytes),
-            items=[
-                recommender_pb2.RecommendedItem(
-                    item_id=item.item_id,
-                    score=item.score,
-                    source=item.source,  # type: ignore[arg-type]  # the enum's numbers are its values
-                    reason=_reason(item, self._mirror),
-                )
-                for item in answer.items
-            ],
             version=answer.version,
         )
+        add = response.items.add
+        for item in answer.items:
+            add(
+                item_id=item.item_id,
+                score=item.score,
+                source=item.source,
+                reason=_reason(item, self._mirror),
+            )
         self._metrics.recommended(item_ids, sources, time.perf_counter() - started)
         if _log.isEnabledFor(logging.DEBUG):
             named, version = response.recommendation_id, answer.version
