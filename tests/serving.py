@@ -20,6 +20,7 @@ from recsys.scorer import Answer, Query, ScoredItem
 from recsys.server import Parts, Server
 from recsys.settings import Settings
 from recsys.store.connection import connect
+from recsys.store.v1.log_pb2 import History
 from recsys.v1 import recommender_pb2
 from recsys.weights import Lineage, WeightStore
 
@@ -70,10 +71,12 @@ class PlainScorer:
                 )
                 for rank, item_id in enumerate(query.candidates)
             ]
-        seen = set() if query.allow_seen else {entry.item_id for entry in query.history}
+        assert isinstance(query.history, bytes)
+        history = History.FromString(query.history).history
+        seen = set() if query.allow_seen else {entry.item_id for entry in history}
         found = (item_id for item_id in ITEMS if item_id not in query.exclude and item_id not in seen)
         chosen = list(islice(found, query.count))
-        because = query.history[-1].item_id if query.history else None
+        because = history[-1].item_id if history else None
         sources = [recommender_pb2.SOURCE_TRANSITION, recommender_pb2.SOURCE_NETWORK] if because else []
         return [
             ScoredItem(
