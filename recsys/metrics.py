@@ -75,9 +75,10 @@ class ServerMetrics:
             buckets=_BATCH_BUCKETS,
         )
         self._queue = Gauge("recsys_queue_requests", "Requests that wait to be scored.", registry=registry)
-        self._rejected = Counter(
+        rejected = Counter(
             "recsys_requests_rejected", "Requests turned away before scoring, by reason.", ["reason"], registry=registry
         )
+        self._rejections = {reason: rejected.labels(reason) for reason in (*REJECTIONS, OTHER)}
         self._version = Gauge(
             "recsys_served_version", "Version of the weights being served; 0 before the first.", registry=registry
         )
@@ -155,7 +156,7 @@ class ServerMetrics:
 
     def rejected(self, reason: str) -> None:
         """Count a request turned away before scoring; `reason` is one of REJECTIONS."""
-        self._rejected.labels(reason if reason in REJECTIONS else OTHER).inc()
+        self._rejections.get(reason, self._rejections[OTHER]).inc()
 
     def version_applied(self, version: int, committed_seconds: float, applied_seconds: float, items: int) -> None:
         """Record the version now being served; both times are seconds since 1970."""
@@ -182,8 +183,6 @@ class ServerMetrics:
     def _export_zeros(self) -> None:
         for field in (*FIELDS, OTHER):
             self._refused.labels(field)
-        for reason in (*REJECTIONS, OTHER):
-            self._rejected.labels(reason)
         for stage in SERVER_STAGES:
             self._freshness.labels(stage)
         for reason in (*RELOADS, OTHER):

@@ -12,13 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import status_pb2
 from grpc_status import rpc_status
 from serving import ITEMS, Running, commit_versions, serve
 
 import recsys
 from recsys import AsyncClient, CategoryFilter, Client, Feedback, Item, errors
 from recsys.client import CallFailed, FeedbackResult, Recommendation, Score
-from recsys.service.errors import TABLE, to_status
+from recsys.service.errors import TABLE, to_refusal, wire_error
 from recsys.settings import Settings, load
 from recsys.store.embedded import EmbeddedStore
 from recsys.v1 import model_pb2, recommender_pb2
@@ -63,7 +64,8 @@ class Scripted:
             self.requests.append(data)
             error = self._answers.pop(0)
             if error is not None:
-                context.abort_with_status(rpc_status.to_status(to_status(error, method=method, request_id="r")))
+                refusal = to_refusal(error, wire_error(error), method=method, request_id="r")
+                context.abort_with_status(rpc_status.to_status(status_pb2.Status.FromString(refusal.details)))
             return b""
 
         return grpc.unary_unary_rpc_method_handler(answer)

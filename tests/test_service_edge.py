@@ -25,6 +25,7 @@ from calls import (
     refusal,
     violations,
 )
+from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry
 from serving import ITEMS, TRANSPORTS, PlainFollower, PlainScorer, Running, serve
 
@@ -34,7 +35,7 @@ from recsys.histories import Histories
 from recsys.metrics import ServerMetrics
 from recsys.scorer import Query
 from recsys.service import edge
-from recsys.service.errors import TABLE, to_status
+from recsys.service.errors import TABLE, to_refusal, wire_error
 from recsys.service.recommender import Question, Scoring
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
@@ -327,7 +328,9 @@ def test_every_error_has_a_code_a_reason_and_a_delay_where_one_helps() -> None:
         retriable = (grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
         assert (TABLE[kind].retry_seconds is not None) == (TABLE[kind].code in retriable)
         error = kind([errors.Violation("f", "is bad")]) if kind is errors.InvalidInput else kind("text")
-        status = to_status(error, method="/s/m", request_id="r")
+        refusal = to_refusal(error, wire_error(error), method="/s/m", request_id="r")
+        status = status_pb2.Status.FromString(refusal.details)
+        assert (refusal.code, refusal.message) == (status.code, status.message)
         assert status.code == TABLE[kind].code
         assert status.message
         assert details_of(status)["ErrorInfo"].reason == kind.reason
@@ -337,7 +340,7 @@ def test_an_error_below_a_listed_one_is_answered_as_that_one() -> None:
     class Special(errors.NotReady):
         pass
 
-    assert to_status(Special("soon"), method="/s/m", request_id="r").code == grpc.StatusCode.UNAVAILABLE.value[0]
+    assert wire_error(Special("soon")).code == grpc.StatusCode.UNAVAILABLE.value[0]
 
 
 def _below() -> set[type[errors.RecsysError]]:

@@ -14,7 +14,8 @@ from urllib.request import ProxyHandler, Request, build_opener
 from google.protobuf.message import Message
 from google.rpc import code_pb2
 
-from recsys.service.edge import Edge, Ending, Refusal
+from recsys.service.edge import Edge, Ending
+from recsys.service.errors import Refusal
 from recsys.v1 import catalog_pb2, recommender_pb2
 
 ANSWER_SECONDS = 5.0

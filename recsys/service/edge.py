@@ -7,11 +7,11 @@ once is ended by the thread that has its answer.
 from __future__ import annotations
 
 import logging
-import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from google.protobuf import message_factory
@@ -23,14 +23,13 @@ from recsys import traces
 from recsys.errors import DeadlinePassed, InvalidInput, NotReady, Overloaded, Violation
 from recsys.metrics import CODES, ServerMetrics
 from recsys.service.auth import Guard
-from recsys.service.errors import to_status, wire_error
+from recsys.service.errors import Refusal, to_refusal, wire_error
 
 # A caller that sets no deadline would otherwise wait for ever.
 DEFAULT_DEADLINE_SECONDS = 10.0
 REQUEST_ID_HEADER = "x-request-id"
 MAX_REQUEST_ID_LENGTH = 128
-REQUEST_ID_BYTES = 16
-DETAILS_HEADER = "grpc-status-details-bin"
+REQUEST_ID_BITS = 128
 # As the metrics name what turned a call away before any work on it.
 _REJECTIONS: dict[type[Exception], str] = {
     Overloaded: "overloaded",
@@ -59,11 +58,11 @@ class Method:
     name: str
     parse: Callable[[bytes], Message]
     behavior: Callable[[Any, float], Message | Pending]
+    # The method's full name, such as /recsys.v1.X/Y.
+    path: str = field(init=False)
 
-    @property
-    def path(self) -> str:
-        """Return the method's full name, such as /recsys.v1.X/Y."""
-        return f"/{self.service}/{self.name}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", f"/{self.service}/{self.name}")
 
 
 def methods_of(service: ServiceDescriptor, servicer: object) -> Iterator[Method]:
@@ -71,20 +70,6 @@ def methods_of(service: ServiceDescriptor, servicer: object) -> Iterator[Method]
     for method in service.methods:
         parse = message_factory.GetMessageClass(method.input_type).FromString
         yield Method(service.full_name, method.name, parse, getattr(servicer, method.name))
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Say how a call ends that gets no answer: gRPC's code and message, and a serialized google.rpc.Status."""
-
-    code: int
-    message: str
-    details: bytes
-
-    @property
-    def trailers(self) -> list[tuple[str, str | bytes]]:
-        """Return the trailing metadata that carries the details."""
-        return [(DETAILS_HEADER, self.details)]
 
 
 # None: the caller has gone, and nothing is sent.
@@ -188,17 +173,15 @@ class Call:
         self._end(answer)
 
     def _refuse(self, error: Exception) -> None:
-        path, request_id = self._method.path, _request_id(self._metadata)
-        wire = wire_error(error)
+        path, request_id, wire = self._method.path, _request_id(self._metadata), wire_error(error)
         if wire.code == code_pb2.INTERNAL:
             _log.error("%s failed, request id %s", path, request_id, exc_info=error)
         elif wire.message is not None:
             _log.warning("%s refused, request id %s: %s", path, request_id, error)
         if type(error) in _REJECTIONS:
             self._edge.metrics.rejected(_REJECTIONS[type(error)])
-        status = to_status(error, method=path, request_id=request_id)
-        self._handled(status.code)
-        self._end(Refusal(status.code, status.message, status.SerializeToString()))
+        self._handled(wire.code)
+        self._end(to_refusal(error, wire, method=path, request_id=request_id))
 
     def _handled(self, code: int) -> None:
         method = self._method
@@ -220,4 +203,4 @@ def _request_id(metadata: Metadata) -> str:
     for key, value in metadata:
         if key == REQUEST_ID_HEADER and isinstance(value, str) and 0 < len(value) <= MAX_REQUEST_ID_LENGTH:
             return value
-    return os.urandom(REQUEST_ID_BYTES).hex()
+    return f"{random.getrandbits(REQUEST_ID_BITS):0{REQUEST_ID_BITS // 4}x}"

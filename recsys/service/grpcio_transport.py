@@ -12,7 +12,8 @@ import grpc
 import grpc.aio
 
 from recsys.errors import AddressInUse
-from recsys.service.edge import Edge, Ending, Refusal
+from recsys.service.edge import Edge, Ending
+from recsys.service.errors import Refusal
 from recsys.settings import Settings, bracketed
 from recsys.tls import Named, read_pem
 

@@ -23,7 +23,8 @@ from google.rpc import code_pb2
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
 from recsys.batcher import Batcher
-from recsys.service.edge import Call, Edge, Ending, Metadata, Refusal
+from recsys.service.edge import Call, Edge, Ending, Metadata
+from recsys.service.errors import Refusal
 from recsys.service.grpcio_transport import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, limits, taken
 from recsys.settings import Settings, bracketed
 
