@@ -1,9 +1,9 @@
 """Request parts: where the processor's time of a recommendation goes, part by part, in one process.
 
 The parts are the server's own, called as the server calls them: made-up weights (100,000 items of length 64), users
-with 30 to 50 entries in a real store, ten items asked for, in batches of several sizes. Times are this thread's processor
-time, so that what the store and other processes do meanwhile is not in them; each part is timed around its calls, so
-the parts of a whole are a little less than it. `transport` is what serving.py's no-op costs, in a process of its own.
+with 30 to 50 entries in a real store, ten items asked for, in batches of several sizes. Times are this thread's
+processor time, so that what the store and other processes do meanwhile is not in them; each part is timed around its
+calls, so the parts of a whole are a little less than it. What the transport costs is told by serving.py's no-op.
 Prints one JSON object.
 """
 
