@@ -206,9 +206,12 @@ class ItemTable:
             changed_I[here] = lost_IM.any(1) | gone_I[here]
         return changed_I.nonzero()[:, 0]
 
-    def used_rows(self, number_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of the items with these numbers, counted from 1 in the order of rows."""
-        return self._rows.used(number_N)
+    def used_rows(self, number_N: NDArray[np.int64], without: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Return the rows of the items with these numbers, counted from 1 in the order of rows.
+
+        Items whose rows, ascending, are given in `without` are not counted.
+        """
+        return self._rows.used(number_N, without)
 
     def assign(self, rows: Sequence[int], item_ids: Sequence[str]) -> list[int]:
         """Give rows, ascending, to items, whoever had them, "" to leave one free; return those that changed hands.
