@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from learning import CPU, START_MS, append, fork, learn_all, make_feedback, repl
 from test_loop import serving
 
 from recsys.catalog import Item
+from recsys.cli.app import main
 from recsys.errors import StoreFull
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry
 from recsys.quarantine import Quarantine
@@ -231,7 +234,7 @@ def test_a_rollback_takes_back_nothing_of_the_catalogue(settings: Settings) -> N
 
 def test_an_item_is_recommended_to_those_who_like_its_category_before_any_feedback_on_it(settings: Settings) -> None:
     """Users choose items of one of two categories alone, in no order; then an item of each is catalogued."""
-    base = small(settings, drain_seconds=0.05, replay_size=24, negatives=24, dimension=16, learning_rate=0.005)
+    base = small(settings, drain_seconds=0.05, replay_size=24, negatives=24, dimension=16, gate=False)
     draw = random.Random(1)
     items = {kind: [f"{kind}-{number}" for number in range(12)] for kind in "ab"}
     with serving(base) as running:
@@ -249,11 +252,41 @@ def test_an_item_is_recommended_to_those_who_like_its_category_before_any_feedba
             # Before its twin, and before all that the user has no liking for.
             assert places[f"new-{kind}"] < places[f"new-{other}"]
             assert places[f"new-{kind}"] < min(places[name] for name in items[other])
+            # All that the network finds in the item is what its category gave, until there is feedback on it.
+            found, older = (running.client.explain(user, name).parts for name in (f"new-{kind}", items[kind][0]))
+            assert found.content == found.network > 0
+            assert older.content == 0 < older.network
+        running.click("late-a", "new-a")
+        running.learn()
+        assert running.client.explain("late-a", "new-a").parts.content == 0
+        assert running.daemon.learner.table.row("new-a") not in running.daemon.learner.contents.cold_rows
         running.client.delete_items(["new-a"])
         running.learn()
         running.parts.mirror.refresh()
-        assert "new-a" not in running.recommended("late-a")
+        assert "new-a" not in running.recommended("other-a")
         assert running.daemon.learner.table.column(CATEGORIES)[running.daemon.learner.table.row("new-a")].eq(0).all()
+
+
+@pytest.mark.parametrize("protocol", ["test-then-train", "temporal"])
+def test_a_file_is_evaluated_with_what_is_said_of_its_items(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    draw = random.Random(3)
+    lines = [f"u{draw.randrange(20)},i{draw.randrange(30)},click,{1_700_000_000 + n}" for n in range(600)]
+    (tmp_path / "log.csv").write_text("user_id,item_id,class,time\n" + "\n".join(lines) + "\n")
+    (tmp_path / "items.csv").write_text(
+        "item_id,title,categories\n" + "".join(f"i{n},,{'even' if n % 2 == 0 else 'odd'}|all\n" for n in range(30))
+    )
+    (tmp_path / "nothing.csv").write_text("item_id,categories\n")
+    found = {}
+    for name in ("", "nothing.csv", "items.csv"):
+        flags = ["--items", str(tmp_path / name)] if name else []
+        command = ["evaluate", str(tmp_path / "log.csv"), "--methods", "recsys", "--protocol", protocol]
+        assert main([*command, "--epochs", "1", "--json", "--device", "cpu", *flags]) == 0
+        found[name] = json.loads(capsys.readouterr().out)["methods"]
+        for method in found[name]:
+            del method["seconds"], method["bytes"]
+    assert found[""] == found["nothing.csv"] != found["items.csv"]
 
 
 def test_an_item_follows_its_category_until_there_is_feedback_on_it(settings: Settings) -> None:

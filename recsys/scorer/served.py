@@ -116,8 +116,10 @@ class Served:
         logits_BKC = self._logits(users, rows_BK)
         worth_BK = self._log_worth(logits_BKC)
         parts_BK4 = torch.stack([pairs.network_BK, pairs.standing_BK, pairs.transitions_BK, worth_BK], 2)
+        cold_BK = self._table.columns["classes"][rows_BK].sum(2) == 0
+        found = (pairs.sources_BK, pairs.because_BK, parts_BK4, cold_BK, logits_BKC.softmax(2))
         # Synchronises with the GPU: the answer leaves it.
-        columns = [tensor.tolist() for tensor in (pairs.sources_BK, pairs.because_BK, parts_BK4, logits_BKC.softmax(2))]
+        columns = [tensor.tolist() for tensor in found]
         names, item_ids = [c.name for c in self._settings.classes], self._table.item_ids
         return [
             [
@@ -128,9 +130,9 @@ class Served:
                     item_ids[why] if why else None,
                     row != PADDING_ROW,
                     dict(zip(names, probabilities, strict=True)),
-                    ScoreParts(*parts) if query.parts else None,
+                    ScoreParts(*parts, content=parts[0] if cold else 0.0) if query.parts else None,
                 )
-                for item_id, row, source, why, parts, probabilities in zip(
+                for item_id, row, source, why, parts, cold, probabilities in zip(
                     query.candidates or (), own, *each, strict=False
                 )
             ]
