@@ -78,7 +78,7 @@ class ItemTable:
     Columns (first axis is the row):
         vector: float32 (D), what the network multiplies.
         trend: float32 (2 S), decayed counts of positive feedback, then of all feedback, as of `touched`.
-        touched: int64, the clock at the item's last feedback.
+        touched: int64, the clock at the item's last feedback, before it that at which it was catalogued.
         first: int64, the clock at the item's first feedback, 0 before it; where `dated`, when it got its row.
         total: float32, positive feedback ever.
         classes: float32 (C), feedback ever of each class.
