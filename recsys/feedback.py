@@ -88,6 +88,15 @@ def parse_record(data: bytes) -> log_pb2.FeedbackRecord | None:
     return record if record.user_id and record.item_id and record.feedback_class else None
 
 
+def parse_item(data: bytes) -> log_pb2.ItemRecord | None:
+    """Parse what the log says of an item; None when the bytes do not."""
+    try:
+        record = log_pb2.ItemRecord.FromString(data)
+    except DecodeError:
+        return None
+    return record if record.item_id else None
+
+
 def to_entry(feedback: Feedback) -> bytes:
     """Write the history entry that a feedback leaves: bytes that join with others into a History."""
     entry = log_pb2.HistoryEntry(

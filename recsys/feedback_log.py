@@ -15,12 +15,12 @@ from typing import Any
 import redis
 
 from recsys.errors import StoreFull
-from recsys.feedback import Feedback, parse_record, to_entry, to_record
+from recsys.feedback import Feedback, parse_item, parse_record, to_entry, to_record
 from recsys.histories import history_key, log_key
 from recsys.settings import Settings
 from recsys.store.connection import store_errors
 from recsys.store.durability import Durability
-from recsys.store.v1.log_pb2 import FeedbackRecord
+from recsys.store.v1.log_pb2 import FeedbackRecord, ItemRecord
 
 BEGINNING = "0-0"
 # The largest number that a stream gives to an entry within one millisecond.
@@ -66,6 +66,32 @@ redis.call('HINCRBY', KEYS[2], 'bytes', bytes)
 return positions
 """
 
+# KEYS: records, stats, digests of what was logged of items. ARGV: the log's bound in bytes; then for each item its id,
+# a digest of its record ('' if that says nothing) and the record.
+# Appends the records that say something else than the last ones. Returns how many, or, when the log is full, the bytes
+# in use below zero.
+APPEND_ITEMS = """
+local stats = redis.call('HMGET', KEYS[2], 'bytes', 'trimmed_bytes')
+local used = (tonumber(stats[1]) or 0) - (tonumber(stats[2]) or 0)
+if used >= tonumber(ARGV[1]) then
+  return -used
+end
+local appended = 0
+for i = 2, #ARGV, 3 do
+  if (redis.call('HGET', KEYS[3], ARGV[i]) or '') ~= ARGV[i + 1] then
+    redis.call('XADD', KEYS[1], '*', 'i', ARGV[i + 2])
+    redis.call('HINCRBY', KEYS[2], 'bytes', #ARGV[i + 2])
+    if ARGV[i + 1] == '' then
+      redis.call('HDEL', KEYS[3], ARGV[i])
+    else
+      redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 1])
+    end
+    appended = appended + 1
+  end
+end
+return appended
+"""
+
 # KEYS: records, stats, forgotten positions. ARGV: the first position to keep, its milliseconds, the most entries to
 # remove.
 # Returns how many entries were removed. XTRIM comes first: a store out of memory allows it, and what follows it.
@@ -78,12 +104,14 @@ for i = 1, math.min(#entries, limit) do
   local fields = entries[i][2]
   if fields[1] == 'r' then
     records = records + 1
+  end
+  if fields[1] == 'r' or fields[1] == 'i' then
     bytes = bytes + #fields[2]
   end
 end
 local removed = redis.call('XTRIM', KEYS[1], 'MINID', '=', keep)
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', '(' .. ARGV[2])
-if records > 0 then
+if bytes > 0 then
   redis.call('HINCRBY', KEYS[2], 'trimmed', records)
   redis.call('HINCRBY', KEYS[2], 'trimmed_bytes', bytes)
 end
@@ -101,12 +129,13 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """Hold one entry: a feedback's record, a tick, or, with neither, something malformed that a reader counts."""
+    """Hold one entry: a record of feedback or of an item, a tick, or, with none of them, something malformed."""
 
     position: str
     accepted_ms: int
     record: FeedbackRecord | None
     tick: bool
+    item: ItemRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +143,7 @@ class LogUsage:
     """Tell how much feedback the log holds; positions of its first and last entry, "0-0" where there is none."""
 
     records: int
-    # Of the records as written; what the store needs beside them is not counted.
+    # Of all records as written, those of items too; what the store needs beside them is not counted.
     bytes: int
     max_bytes: int
     first_position: str
@@ -146,6 +175,9 @@ class FeedbackLog:
         self._forgotten = log_key(settings, "forgotten")
         self._durability = Durability(client, settings)
         self._append = client.register_script(APPEND)
+        # item_id -> digest of the last record that was appended of it; none where that says nothing.
+        self._contents = log_key(settings, "contents")
+        self._append_items = client.register_script(APPEND_ITEMS)
         self._trim = client.register_script(TRIM)
         self._history_classes = frozenset(c.name for c in settings.classes if c.history)
 
@@ -183,11 +215,34 @@ class FeedbackLog:
             )
         reply: int | list[bytes] = self._durability.run(self._append, keys, arguments)
         if isinstance(reply, int):
-            raise StoreFull(
-                f"the feedback log holds {reply} bytes and its bound is {settings.log_max_bytes} (log_max_bytes); "
-                "let the trainer catch up so that learned feedback is trimmed, or raise log_max_bytes"
-            )
+            raise self._full(reply)
         return [Appended(position.decode(), duplicate=not position) for position in reply]
+
+    def append_items(self, categories: Mapping[str, Sequence[str]]) -> int:
+        """Append what the catalogue says of items, by id, where it says something else than before; return how many.
+
+        All in one round trip. Doing it again appends nothing.
+
+        Raises:
+            StoreFull, NotDurable: as `append` does.
+        """
+        if not categories:
+            return 0
+        arguments: list[bytes | int | str] = [self._settings.log_max_bytes]
+        for item_id, each in categories.items():
+            record = ItemRecord(item_id=item_id, categories=each).SerializeToString()
+            digest = blake2b(record, digest_size=8).digest() if each else b""
+            arguments += (item_id, digest, record)
+        reply = int(self._durability.run(self._append_items, [self._records, self._stats, self._contents], arguments))
+        if reply < 0:
+            raise self._full(-reply)
+        return reply
+
+    def _full(self, used: int) -> StoreFull:
+        return StoreFull(
+            f"the feedback log holds {used} bytes and its bound is {self._settings.log_max_bytes} (log_max_bytes); "
+            "let the trainer catch up so that learned feedback is trimmed, or raise log_max_bytes"
+        )
 
     def tick(self) -> str:
         """Append the mark "close the current version here" and return its position.
@@ -287,4 +342,5 @@ def _entry(position: bytes, fields: Mapping[bytes, bytes]) -> LogEntry:
         accepted_ms=int(position.partition(b"-")[0]),
         record=None if data is None else parse_record(data),
         tick=data is None and b"t" in fields,
+        item=parse_item(fields[b"i"]) if b"i" in fields else None,
     )

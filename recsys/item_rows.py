@@ -49,10 +49,17 @@ class ItemRows:
         found = self._index.get
         return [found(item_id, PADDING_ROW) for item_id in item_ids]
 
-    def used(self, number_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of the items with these numbers, counted from 1 in the order of rows."""
-        # Before the k-th free row stand as many items as its row less k.
-        before = self.free_rows - np.arange(len(self.free_rows))
+    def used(self, number_N: NDArray[np.int64], without: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        """Return the rows of the items with these numbers, counted from 1 in the order of rows.
+
+        Items whose rows, ascending, are given in `without` are not counted.
+        """
+        skipped = self.free_rows
+        if without is not None and len(without):
+            # Both are sorted already: to join them costs the more the longer they are.
+            skipped = np.union1d(skipped, without) if len(skipped) else without
+        # Before the k-th row that is skipped stand as many items as its row less k.
+        before = skipped - np.arange(len(skipped))
         return number_N + np.searchsorted(before, number_N, side="right")
 
     def allocate(self, item_ids: Iterable[str]) -> list[tuple[str, int]]:

@@ -78,7 +78,7 @@ class ItemTable:
     Columns (first axis is the row):
         vector: float32 (D), what the network multiplies.
         trend: float32 (2 S), decayed counts of positive feedback, then of all feedback, as of `touched`.
-        touched: int64, the clock at the item's last feedback.
+        touched: int64, the clock at the item's last feedback, before it that at which it was catalogued.
         first: int64, the clock at the item's first feedback, 0 before it; where `dated`, when it got its row.
         total: float32, positive feedback ever.
         classes: float32 (C), feedback ever of each class.
@@ -211,9 +211,12 @@ class ItemTable:
             changed_I[here] = lost_IM.any(1) | gone_I[here]
         return changed_I.nonzero()[:, 0]
 
-    def used_rows(self, number_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of the items with these numbers, counted from 1 in the order of rows."""
-        return self._rows.used(number_N)
+    def used_rows(self, number_N: NDArray[np.int64], without: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Return the rows of the items with these numbers, counted from 1 in the order of rows.
+
+        Items whose rows, ascending, are given in `without` are not counted.
+        """
+        return self._rows.used(number_N, without)
 
     def assign(self, rows: Sequence[int], item_ids: Sequence[str]) -> list[int]:
         """Give rows, ascending, to items, whoever had them, "" to leave one free; return those that changed hands.

@@ -163,7 +163,7 @@ class Server:
         recommender = Recommender(
             settings, scorer, mirror, self._scoring, self._appending, histories, self._explaining, metrics
         )
-        catalog = CatalogItems(settings, Catalog(self._client, settings), self._calls)
+        catalog = CatalogItems(settings, Catalog(self._client, settings), log, self._calls)
         weights, quarantine = WeightStore(self._client, settings), Quarantine(self._client, settings)
         forgetting = Forgetting(self._client, settings)
         model = Model(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import recsys.feedback_file.source
 from recsys.errors import InputFileError
 from recsys.feedback import Feedback
-from recsys.feedback_file import BadRow, Columns, FeedbackFile, open_feedback_file
+from recsys.feedback_file import BadRow, Columns, FeedbackFile, open_feedback_file, read_items
 from recsys.settings import CLASS_PRESETS
 
 
@@ -59,6 +59,28 @@ def test_movies_have_titles_and_categories(tmp_path: Path) -> None:
     file = opened(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\n1,7,4.0,20\n")
     found = [(item.item_id, item.title, list(item.categories)) for item in file.titles()]
     assert found == [("7", "Heat, The (2013)", ["Action", "Crime"]), ("8", "X", [])]
+
+
+def test_items_are_read_from_any_file_of_them(tmp_path: Path) -> None:
+    (tmp_path / "movies.csv").write_text("movieId,title,genres\n7,Heat,Action|Crime\n")
+    (tmp_path / "shop.csv").write_text("categories,item_id\nshoes|red,a\n,b\nred,\n")
+    (tmp_path / "movies.dat").write_text("7::Heat::Action|Crime\n")
+    pd.DataFrame({"video_id": [5], "tag": ["39,4"]}).to_parquet(tmp_path / "videos.parquet")
+    found = {
+        path.name: [(item.item_id, item.title, list(item.categories)) for item in read_items(path)]
+        for path in sorted(tmp_path.iterdir())
+    }
+    assert found == {
+        "movies.csv": [("7", "Heat", ["Action", "Crime"])],
+        "movies.dat": [("7", "Heat", ["Action", "Crime"])],
+        "shop.csv": [("a", "", ["shoes", "red"]), ("b", "", [])],
+        "videos.parquet": [("5", "", ["tag:39", "tag:4"])],
+    }
+    (tmp_path / "other.csv").write_text("sku,label\n1,2\n")
+    with pytest.raises(InputFileError, match="has no column 'item_id'"):
+        read_items(tmp_path / "other.csv")
+    with pytest.raises(InputFileError, match="cannot be read"):
+        read_items(tmp_path / "absent.csv")
 
 
 def test_kuairand_drops_copies_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("trainer.quality", "trainer.baselines", "trainer.impressions", "trainer.examples", "trainer.hindsight"),
         "trainer.admission",
         *("trainer.prequential", "trainer.drift"),
+        "trainer.contents",
         "trainer.strategies",
         *("trainer.learner", "trainer.gate", "trainer.metrics"),
     ),

@@ -15,6 +15,7 @@ from recsys.encoding import RowHistory
 from recsys.item_table import PADDING_ROW, TREND_DECAYS
 from recsys.settings import Settings, load
 from recsys.weights import decode, encode
+from trainer.contents import CONTENT_COLUMNS
 from trainer.examples import Event, batches
 from trainer.examples import encode as encode_events
 from trainer.learner import SQUARED_GRADIENT, Learner
@@ -152,7 +153,7 @@ def test_every_step_changes_what_is_learned() -> None:
     assert [name for name in before if torch.equal(before[name], after[name])] == []
     # What follows an item in this batch may be known already, and the slots' order then stays; no item is new.
     same = {name for name, old in columns.items() if torch.equal(old, learner.table.column(name))}
-    assert same - {"successor"} == {"first"}
+    assert same - {"successor"} == {"first", *CONTENT_COLUMNS}
 
 
 # Stopped and started

@@ -7,7 +7,7 @@ from before the accuracy on it was measured. Then the second and the third are l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def start_from(store: WeightStore | None, version: int) -> Start:
 class Fit:
     """Fit one learner to one file; `run`, then `result`, then perhaps `hand_over`.
 
-    `train_size` is how much feedback an epoch learns.
+    `train_size` is how much feedback an epoch learns; `contents` are categories by item.
     """
 
     def __init__(
@@ -72,11 +72,14 @@ class Fit:
         *,
         validation_share: float,
         test_share: float,
+        contents: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._settings, self._start = settings, start
         self.learner = Learner(settings, device)
         if start.weights is not None:
             self.learner.restore(*start.weights)
+        if contents:
+            self.learner.catalogue(contents)
         self._stream = Stream(file, settings, self.learner)
         cases = list(self._stream.cases())
         tested, kept = round(len(cases) * test_share), round(len(cases) * validation_share)
@@ -99,6 +102,7 @@ class Fit:
         finally:
             self._after, self._losses_after = self._measure(self.learner, self._test)
         LearnerMethod(self.learner).learn([*self._validation, *self._test])
+        self.learner.follow_contents()
 
     def result(self) -> dict[str, Any]:
         """Return what was done and what it was worth as one object for JSON."""

@@ -10,7 +10,7 @@ and impressions together, of which M were followed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
 from recsys.errors import CorruptWeights
+from recsys.feedback_log import BEGINNING, position_key
 from recsys.item_table import TRANSITION_REACH, ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
@@ -27,6 +28,7 @@ from recsys.weights import WeightPayload
 from recsys.weights.payload import NewItems
 from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
+from trainer.contents import CONTENT_COLUMNS, Contents
 from trainer.drift import DRIFT, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
 from trainer.hindsight import Hindsight
@@ -35,7 +37,10 @@ from trainer.strategies import Strategies
 
 ADAGRAD_EPSILON = 1e-10
 SQUARED_GRADIENT = "squared_gradient"
+OWN_COLUMNS = (SQUARED_GRADIENT, *CONTENT_COLUMNS)
 STEPS = "steps"
+# The log's position up to which the catalogue's changes are known, in its two parts, and when cold items last followed.
+CONTENTS = "contents"
 # Of the replay window, the newest examples that a response to a drift draws half of its replay from.
 RECENT_REPLAY = 2048
 # Of the feedback classes' loss, beside that over items.
@@ -67,6 +72,9 @@ class Learner:
         self.network: RecommendationNetwork = self.replica.network
         self.table: ItemTable = self.replica.table
         self.table.columns[SQUARED_GRADIENT] = torch.zeros_like(self.table.columns["total"])
+        self.contents = Contents(self.table)
+        # Position in the log up to which what the catalogue says is known.
+        self.catalogued = BEGINNING
         self.window = ReplayWindow(settings)
         self.steps = 0
         self._changed: list[Tensor] = []
@@ -91,6 +99,7 @@ class Learner:
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 1, 0]))
         _seed(int(random.integers(1 << 62)), self.device)
         self.steps += 1
+        self._warm(examples)
         self.strategies.clear()
         standing_IS = self.table.standing()
         if again:
@@ -154,9 +163,44 @@ class Learner:
             self._changed.append(torch.tensor(rows, device=self.device))
             self._named.extend(rows)
 
+    def catalogue(self, contents: Mapping[str, Sequence[str]]) -> None:
+        """Take in the categories of items, none for one that was deleted.
+
+        An item that has no row gets one, cold, while there is room.
+        """
+        table = self.table
+        room = max(0, self.settings.max_items - len(table)) if self.settings.max_items else len(contents)
+        unknown = [item_id for item_id, categories in contents.items() if categories and not table.row(item_id)][:room]
+        self.allocate(unknown)
+        known = [item_id for item_id in contents if table.row(item_id)]
+        rows, new = (np.array(table.look_up(item_ids), np.int64) for item_ids in (known, unknown))
+        self.contents.write(rows, [contents[item_id] for item_id in known], new)
+        # As if used just now: what is catalogued is not the first to lose its row.
+        table.columns["touched"][to_tensor(new, self.device)] = table.clock
+        self._changed.append(to_tensor(rows, self.device))
+        self._make_vectors(self.contents.cold_among(rows))
+
+    def follow_contents(self) -> None:
+        """Have cold items follow what was learned of their categories, if that is due."""
+        if self.contents.due():
+            self.contents.followed = self.table.clock
+            self._make_vectors(self.contents.cold_rows)
+
+    def _warm(self, examples: Examples) -> None:
+        """Have items on which there is feedback now be cold no longer."""
+        rows = self.contents.cold_among(examples.item_B)
+        self._make_vectors(rows)
+        self.contents.end(rows)
+
+    def _make_vectors(self, rows_R: np.ndarray) -> None:
+        if len(rows_R):
+            self.contents.follow(rows_R)
+            self._changed.append(torch.from_numpy(rows_R).to(self.device))
+
     def free(self, rows_R: np.ndarray) -> None:
         """Take the rows, ascending, from their items; nothing of these is left, in the replay window either."""
         self._changed.append(self.table.remove(rows_R))
+        self.contents.look_again()
         self._named.extend(rows_R.tolist())
         gone_I = np.zeros(self.table.rows, np.bool_)
         gone_I[rows_R] = True
@@ -193,9 +237,10 @@ class Learner:
         """
         dense: dict[str, np.ndarray] = {STEPS: np.array([self.steps], np.int64), **self.strategies.write()}
         dense |= self.drift.write()
+        dense[CONTENTS] = np.array([*position_key(self.catalogued), self.contents.followed], np.int64)
         passed_on = self.named().split(first_new)[0]
         served = self.replica.write(rows, [*passed_on, *items_of(self.table, first_new)])
-        columns = {SQUARED_GRADIENT: to_array(self.table.columns[SQUARED_GRADIENT][rows])}
+        columns = {name: to_array(self.table.columns[name][rows]) for name in OWN_COLUMNS}
         return served, WeightPayload(dense, served.rows, columns)
 
     def write_all(self) -> tuple[WeightPayload, WeightPayload]:
@@ -214,19 +259,26 @@ class Learner:
         self._named_taken, self._named = [], []
         self.steps = int(own.dense[STEPS][0])
         rows = from_array(own.rows, self.device).to(torch.int64)
-        accumulated = from_array(own.columns[SQUARED_GRADIENT], self.device)
-        self.table.columns[SQUARED_GRADIENT].index_copy_(0, rows, accumulated)
+        for name in OWN_COLUMNS:
+            self.table.columns[name].index_copy_(0, rows, from_array(own.columns[name], self.device))
+        self.contents.look_again()
+        *position, self.contents.followed = own.dense[CONTENTS].tolist()
+        self.catalogued = "-".join(map(str, position))
         self.strategies.restore(own.dense)
         self.drift.restore(own.dense)
 
     def _check(self, own: WeightPayload) -> None:
         """Refuse a trainer's payload that does not fit; nothing is changed."""
-        if STEPS not in own.dense or set(own.columns) != {SQUARED_GRADIENT}:
+        if not {STEPS, CONTENTS} <= set(own.dense) or set(own.columns) != set(OWN_COLUMNS):
             raise CorruptWeights("the trainer's part of the weights does not fit the settings")
         fits(STEPS, own.dense[STEPS], (1,), torch.int64)
-        fits(SQUARED_GRADIENT, own.columns[SQUARED_GRADIENT], (len(own.rows),), torch.float32)
+        fits(CONTENTS, own.dense[CONTENTS], (3,), torch.int64)
+        for name in OWN_COLUMNS:
+            column = self.table.columns[name]
+            fits(name, own.columns[name], (len(own.rows), *column.shape[1:]), column.dtype)
         self.drift.check(own.dense)
-        self.strategies.check({name: array for name, array in own.dense.items() if name not in (STEPS, DRIFT)})
+        others = {name: array for name, array in own.dense.items() if name not in (STEPS, CONTENTS, DRIFT)}
+        self.strategies.check(others)
 
     def take_changed(self) -> Tensor:
         """Return the rows changed since the last call, ascending, and start anew."""
@@ -253,8 +305,9 @@ class Learner:
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
         class_X = to_tensor(examples.class_B, self.device)
-        drawn_N = random.integers(1, max(1, len(self.table)) + 1, self.settings.negatives)
-        negative_N = to_tensor(self.table.used_rows(drawn_N), self.device)
+        learning = self._learning_items()
+        drawn_N = random.integers(1, learning + 1, self.settings.negatives)
+        negative_N = to_tensor(self.table.used_rows(drawn_N, self.contents.cold_rows), self.device)
         every = torch.cat([histories.rows_BL.reshape(-1), item_X, negative_N])
         rows_U, inverse = torch.unique(every, return_inverse=True)
         vectors_UD = self.table.columns["vector"][rows_U].requires_grad_(self.strategies.rows)
@@ -322,10 +375,13 @@ class Learner:
     ) -> Tensor:
         """Sampled softmax: each uniform negative stands for (items / N) others; the positive is there for certain."""
         own_X1 = (states_XD * items_XD).sum(1, keepdim=True)
-        others_XN = states_XD @ negatives_ND.T + math.log(max(1, len(self.table)) / len(negative_N))
+        others_XN = states_XD @ negatives_ND.T + math.log(self._learning_items() / len(negative_N))
         others_XN = others_XN.masked_fill(negative_N == item_X[:, None], MASKED)
         loss_X = torch.cat([own_X1, others_XN], 1).logsumexp(1) - own_X1[:, 0]
         return (loss_X * positive_X).sum() / positive_X.sum().clamp_min(1)
+
+    def _learning_items(self) -> int:
+        return max(1, len(self.table) - len(self.contents.cold_rows))
 
     def _apply(self, losses: _Losses, report: StepReport, new: int) -> None:
         """Step the dense part, and row-wise Adagrad (one accumulator a row) on the rows used unless they are frozen."""

@@ -1,7 +1,8 @@
 """LogLearner: learn the feedback log entry by entry; a pure function of the weights it starts from and the log.
 
 A batch is `batch_size` feedback, more when that much was accepted within `batch_seconds`, or what stands before a tick;
-a version is `batches_per_version` batches or what stands before a tick. No clock is read here, so that a version can be
+a version is `batches_per_version` batches or what stands before a tick. What the catalogue says of items is taken in
+before the batch that it stands in, or at a tick. No clock is read here, so that a version can be
 made again from the log, bit for bit.
 """
 
@@ -62,6 +63,8 @@ class LogLearner:
         self._positive_C = np.array([c.positive for c in settings.classes])
         self._gate = Gate(settings, self.learner) if settings.gate else None
         self._admission = Admission(settings)
+        # What the catalogue says of items, and the learner is still to take in.
+        self._contents: dict[str, tuple[str, ...]] = {}
         # Positions of the feedback in the replay window.
         self._window: deque[str] = deque(maxlen=settings.replay_capacity)
         self.begin(VersionRecord(position=BEGINNING))
@@ -93,6 +96,23 @@ class LogLearner:
             self._window.extend(positions)
             self._admission.learned(item_ids)
 
+    def read_catalogue(self, log: FeedbackLog, head: VersionRecord) -> None:
+        """Read what the log says of items before `head` and its weights do not know: where feedback was set aside."""
+        position = self.learner.catalogued
+        while position_key(position) < position_key(head.position):
+            entries = log.read_after(position, FILL_COUNT)
+            before = [entry for entry in entries if position_key(entry.position) <= position_key(head.position)]
+            for entry in before:
+                self._catalogue(entry)
+            if len(before) < FILL_COUNT:
+                return
+            position = before[-1].position
+
+    def _catalogue(self, entry: LogEntry) -> None:
+        """Keep what an entry says of an item until the next batch."""
+        if entry.item is not None:
+            self._contents[entry.item.item_id] = tuple(entry.item.categories)
+
     def _was_learned(self, entry: LogEntry, head: VersionRecord) -> bool:
         known = entry.record is not None and entry.record.feedback_class in self._settings.class_index
         return known and not any(_within(entry.position, part) for part in head.set_aside)
@@ -109,8 +129,8 @@ class LogLearner:
         self.drifted: set[str] = set()
         self._movement: dict[str, float] = {}
         self.read_position = self._position = head.position
-        # Whether nothing was learned since the version before.
-        self._fresh = True
+        # Whether nothing was learned since the version before, and whether anything was taken in of the catalogue.
+        self._fresh, self._catalogued = True, False
         # Feedback read and not yet learned.
         self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
         self.batches = self.consumed = 0
@@ -119,7 +139,7 @@ class LogLearner:
     @property
     def empty(self) -> bool:
         """Return whether nothing waits to be learned or published; what was held waits for more feedback."""
-        return not self._pending and not self.batches
+        return not (self._pending or self.batches or self._contents or self._catalogued)
 
     def take(self, entry: LogEntry) -> Outcome:
         """Go past one entry of the log, learning the batch that it completes.
@@ -133,14 +153,19 @@ class LogLearner:
                 self._pending.append((entry, entry.record))
             else:
                 self._metrics.skipped("unknown_class", 1)
+        elif entry.item is not None:
+            self._catalogue(entry)
         elif not entry.tick:
             self._metrics.skipped("malformed", 1)
         if self._full() or (entry.tick and self._pending):
             self._learn()
+        elif entry.tick:
+            self._take_in_catalogue()
         self.read_position = entry.position
         if not self._pending:
             self._position = entry.position
-        if self.batches < self._settings.batches_per_version and not (entry.tick and self.batches):
+        closed = entry.tick and (self.batches or self._catalogued)
+        if self.batches < self._settings.batches_per_version and not closed:
             return Outcome.GOING_ON
         return self._verdict()
 
@@ -161,9 +186,10 @@ class LogLearner:
         if objection is None:
             if self._gate is not None:
                 self._movement = self._gate.movement(self.learner.changed())
+            self.learner.catalogued = self._position
             return Outcome.COMPLETE
         self.objections.append(objection)
-        self.batches = 0
+        self.batches, self._catalogued = 0, False
         return Outcome.SPOILED if len(self.objections) >= self._settings.gate_holds else Outcome.HELD
 
     def lineage(self, committed_ms: int) -> Lineage:
@@ -224,11 +250,20 @@ class LogLearner:
     def _expire(self) -> None:
         """Free the rows of items that were unused for too long: a version's first deed."""
         fresh, self._fresh = self._fresh, False
+        if fresh:
+            self.learner.follow_contents()
         if fresh and len(rows := self._admission.expired(self.learner.table)):
             self.learner.free(rows)
             if self._gate is not None:
                 self._gate.free(rows)
             self._metrics.expired(len(rows))
+
+    def _take_in_catalogue(self) -> None:
+        """Give what the log says of items to the learner."""
+        if self._contents:
+            self._expire()
+            self.learner.catalogue(self._contents)
+            self._contents, self._catalogued = {}, True
 
     def _event(self, record: FeedbackRecord) -> Event:
         """Turn a record of a known class into an example; items without a row are left out."""
@@ -241,6 +276,7 @@ class LogLearner:
     def _learn(self) -> None:
         records = [record for _, record in self._pending]
         self._expire()
+        self._take_in_catalogue()
         self._allocate(records)
         examples = encode([self._event(record) for record in records], self._settings)
         self._metrics.skipped("not_admitted", int((examples.item_B == PADDING_ROW).sum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recsys.cli.evaluation_tables import print_evaluation
-from recsys.cli.file_columns import ClassColumn, ItemColumn, TimeColumn, UserColumn, ValueColumn, columns
+from recsys.cli.file_columns import (
+    ClassColumn,
+    ItemColumn,
+    ItemsFile,
+    TimeColumn,
+    UserColumn,
+    ValueColumn,
+    columns,
+    contents,
+)
 from recsys.cli.output import AsJson, print_json, progress
 from recsys.cli.settings_flags import Given
 
@@ -42,6 +51,7 @@ def evaluate(
     time: TimeColumn = None,
     feedback_class: ClassColumn = None,
     value: ValueColumn = None,
+    items: ItemsFile = None,
     methods: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="which to compare; all that suit the file unless given")
     ] = None,
@@ -79,11 +89,11 @@ def evaluate(
     named = columns(user, item, time, feedback_class, value)
     file = open_feedback_file(path, named)
     settings = given.otherwise(classes=file.classes)
-    names = _chosen(methods, settings)
+    names, told = _chosen(methods, settings), contents(items)
     if protocol is Protocol.ONLINE:
-        result = _test_then_train(path, named, file, settings, names, events)
+        result = _test_then_train(path, named, file, settings, names, events, told)
     else:
-        result = _offline(protocol, file, settings, names, events, (epochs, patience), split, periods)
+        result = _offline(protocol, file, settings, names, events, (epochs, patience), split, periods, told)
     if plot is not None:
         draw_accuracy(result, plot)
     if json:
@@ -128,6 +138,7 @@ def _offline(
     limits: tuple[int, int],
     split: float,
     periods: int,
+    told: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     import torch
 
@@ -140,7 +151,7 @@ def _offline(
         # How many epochs there will be nobody knows.
         task = bar.add_task(protocol.value, total=None)
         contest = evaluation.Contest(
-            file, settings, choose(settings.device), names, lambda done: bar.update(task, completed=done)
+            file, settings, choose(settings.device), names, lambda done: bar.update(task, completed=done), told
         )
         if protocol is Protocol.LEAVE_ONE_OUT:
             return evaluation.leave_one_out(contest, teaching, events)
@@ -156,6 +167,7 @@ def _test_then_train(
     settings: Settings,
     names: Sequence[str],
     events: int | None,
+    told: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """Run the learner in this process and, where there is a core for them, the other methods in another."""
     import torch
@@ -168,7 +180,7 @@ def _test_then_train(
     apart = RECSYS in names and bool(others) and (os.cpu_count() or 1) > 1
     with ExitStack() as stack:
         beside = stack.enter_context(Beside(path, named, settings, others)) if apart else None
-        evaluation = Evaluation(file, settings, choose(settings.device), [RECSYS] if apart else names)
+        evaluation = Evaluation(file, settings, choose(settings.device), [RECSYS] if apart else names, told)
         with progress() as bar:
             task = bar.add_task(path.name, total=min(events or file.rows, file.rows))
 

@@ -1,7 +1,9 @@
-"""The flags that name a feedback file's columns, for every command that reads one."""
+"""The flags that name a feedback file's columns and a file of items, for every command that reads one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +26,17 @@ ValueColumn = Annotated[
     str | None,
     typer.Option("--value", metavar="NAME", help="a number, such as a rating", rich_help_panel=PANEL),
 ]
+ItemsFile = Annotated[
+    Path | None,
+    typer.Option("--items", metavar="FILE", help="the items' categories: MovieLens' or KuaiRand's, or .csv"),
+]
+
+
+def contents(items: Path | None) -> dict[str, Sequence[str]]:
+    """Read the categories of items, by id; {} without a file."""
+    from recsys.feedback_file import read_items
+
+    return {item.item_id: tuple(item.categories) for item in (read_items(items) if items is not None else ())}
 
 
 def columns(

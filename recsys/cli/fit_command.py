@@ -12,7 +12,16 @@ import typer
 from rich.table import Table
 
 from recsys.cli.evaluation_tables import number, print_comparison
-from recsys.cli.file_columns import ClassColumn, ItemColumn, TimeColumn, UserColumn, ValueColumn, columns
+from recsys.cli.file_columns import (
+    ClassColumn,
+    ItemColumn,
+    ItemsFile,
+    TimeColumn,
+    UserColumn,
+    ValueColumn,
+    columns,
+    contents,
+)
 from recsys.cli.output import AsJson, console, print_json, progress
 from recsys.cli.settings_flags import Given
 
@@ -41,6 +50,7 @@ def fit(
     time: TimeColumn = None,
     feedback_class: ClassColumn = None,
     value: ValueColumn = None,
+    items: ItemsFile = None,
     epochs: Annotated[int, typer.Option(min=1, help="go through the file at most so often")] = 10,
     patience: Annotated[int, typer.Option(min=1, help="stop when so many epochs in a row gained nothing")] = 2,
     validation: Annotated[
@@ -80,7 +90,7 @@ def fit(
         store = None
         if publish or version:
             store = WeightStore(stack.enter_context(connect(settings)), settings)
-        done = _fitted(file, settings, store, version, (validation, test), (epochs, patience))
+        done = _fitted(file, settings, store, version, (validation, test), (epochs, patience), contents(items))
         result = done.result() | {"file": str(path), "version": None}
         refused = result["objection"] is not None and not force
         if publish and store is not None and not refused:
@@ -121,6 +131,7 @@ def _fitted(
     version: int,
     shares: tuple[float, float],
     limits: tuple[int, int],
+    contents: Mapping[str, Sequence[str]],
 ) -> Fit:
     import torch
 
@@ -130,7 +141,8 @@ def _fitted(
     torch.set_num_threads(settings.torch_threads)
     start = start_from(store, version)
     validation, test = shares
-    fit = Fit(file, settings, choose(settings.device), start, validation_share=validation, test_share=test)
+    device = choose(settings.device)
+    fit = Fit(file, settings, device, start, validation_share=validation, test_share=test, contents=contents)
     epochs, patience = limits
     with progress() as bar:
         task = bar.add_task("epoch 1", total=fit.train_size)

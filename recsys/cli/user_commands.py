@@ -49,6 +49,7 @@ def why(
         "version": found.version,
         "score": found.item.score,
         "parts": parts,
+        "content": found.parts.content,
         "class_probabilities": dict(found.item.class_probabilities),
         "history": history,
     }

@@ -1,4 +1,4 @@
-"""Titles: read items from the file that MovieLens or KuaiRand publish beside the feedback."""
+"""Titles: read items from a file, such as MovieLens and KuaiRand publish beside the feedback."""
 
 from __future__ import annotations
 
@@ -34,13 +34,33 @@ def read_titles(path: Path, layout: LayoutName) -> list[Item]:
     return []
 
 
+def read_items(path: Path) -> list[Item]:
+    """Read items from MovieLens' or KuaiRand's file of them, or a .csv with item_id, categories and perhaps title.
+
+    Categories are separated by "|".
+
+    Raises:
+        InputFileError: when there is no such file, or it cannot be read.
+    """
+    reader = {".parquet": _videos, ".dat": _old_movies}.get(path.suffix, _movies)
+    try:
+        return [item for item in reader(path) if item.item_id]
+    except KeyError as error:
+        raise InputFileError(f"{path} has no column {error}; items have item_id and categories") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputFileError(f"{path} cannot be read: {error}") from None
+
+
 VIDEOS = "video_features.parquet"
 
 
 def _movies(path: Path) -> Iterator[Item]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        for row in csv.DictReader(stream):
-            yield _movie(row["movieId"], row["title"] or "", row["genres"] or "")
+        rows = csv.DictReader(stream)
+        movies = "movieId" in (rows.fieldnames or ())
+        item_id, categories = ("movieId", "genres") if movies else ("item_id", "categories")
+        for row in rows:
+            yield _movie(row[item_id], row.get("title") or "", row[categories] or "")
 
 
 def _old_movies(path: Path) -> Iterator[Item]:

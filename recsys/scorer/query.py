@@ -31,13 +31,15 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class ScoreParts:
-    """What a score is the sum of."""
+    """What a score is the sum of, `content` apart."""
 
     network: float
     standing: float
     transitions: float
     # The weighted log of the expected worth of feedback.
     worth: float
+    # Of `network`, what the item's categories gave: all until feedback on the item was learned, then nothing.
+    content: float
 
 
 class ScoredItem(NamedTuple):

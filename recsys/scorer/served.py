@@ -122,15 +122,17 @@ class Served:
         rows_BK = torch.tensor([[*each, *[PADDING_ROW] * (most - len(each))] for each in rows], device=self._device)
         found = self._apart(users, rows_BK, self._retrieval.look_up(users.latest_BK))
         worth_BK, logits_BKC = self._judge(users, rows_BK)
-        parts_BK4 = np.stack([found.network_BK, found.standing_BK, found.transitions_BK, worth_BK], 2)
-        shares_BKC = logits_BKC.softmax(2)
-        columns = [array.tolist() for array in (found.sources_BK, found.because_BK, parts_BK4, shares_BKC)]
+        # Without feedback on an item its vector is what its categories gave.
+        cold_BK = _host(self._table.column("classes")[rows_BK].sum(2) == 0)
+        content_BK = found.network_BK * cold_BK
+        parts_BK5 = np.stack([found.network_BK, found.standing_BK, found.transitions_BK, worth_BK, content_BK], 2)
+        columns = [array.tolist() for array in (found.sources_BK, found.because_BK, parts_BK5, logits_BKC.softmax(2))]
         names, item_ids = [c.name for c in self._settings.classes], self._table.item_ids
         return [
             [
                 ScoredItem(
                     item_id,
-                    sum(parts),
+                    sum(parts[:-1]),
                     source,
                     item_ids[why] if why else None,
                     row != PADDING_ROW,

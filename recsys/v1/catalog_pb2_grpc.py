@@ -55,7 +55,8 @@ class CatalogServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def UpsertItems(self, request, context):
-        """Adds items or replaces all that was known of them. A deleted item comes back this way.
+        """Adds items or replaces all that was known of them. A deleted item comes back this way. Categories are learned from: an
+        item can be recommended before any feedback on it. RESOURCE_EXHAUSTED when the feedback log is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

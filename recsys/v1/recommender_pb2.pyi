@@ -138,16 +138,18 @@ class ExplainRequest(_message.Message):
     def __init__(self, user_id: _Optional[str] = ..., item_id: _Optional[str] = ..., context: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ScoreParts(_message.Message):
-    __slots__ = ("network", "standing", "transitions", "worth")
+    __slots__ = ("network", "standing", "transitions", "worth", "content")
     NETWORK_FIELD_NUMBER: _ClassVar[int]
     STANDING_FIELD_NUMBER: _ClassVar[int]
     TRANSITIONS_FIELD_NUMBER: _ClassVar[int]
     WORTH_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
     network: float
     standing: float
     transitions: float
     worth: float
-    def __init__(self, network: _Optional[float] = ..., standing: _Optional[float] = ..., transitions: _Optional[float] = ..., worth: _Optional[float] = ...) -> None: ...
+    content: float
+    def __init__(self, network: _Optional[float] = ..., standing: _Optional[float] = ..., transitions: _Optional[float] = ..., worth: _Optional[float] = ..., content: _Optional[float] = ...) -> None: ...
 
 class HistoryInfluence(_message.Message):
     __slots__ = ("item_id", "feedback_class", "time", "influence")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,19 @@ class Contest:
     """Own the methods and the whole file's cases; `progress` is told how much feedback was worked on."""
 
     def __init__(
-        self, file: FeedbackFile, settings: Settings, device: torch.device, names: Sequence[str], progress: Progress
+        self,
+        file: FeedbackFile,
+        settings: Settings,
+        device: torch.device,
+        names: Sequence[str],
+        progress: Progress,
+        contents: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        """Prepare the methods; `contents` are categories by item, which the learner is told before any feedback."""
         self._file, self._settings, self._progress = file, settings, progress
         learner = Learner(settings, device) if RECSYS in names else None
+        if learner is not None and contents:
+            learner.catalogue(contents)
         self._methods: dict[str, Method] = {
             name: LearnerMethod(learner) if name == RECSYS and learner else BASELINES[name]() for name in names
         }

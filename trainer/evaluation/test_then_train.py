@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,11 +24,19 @@ class Evaluation:
     """Evaluate one file; `run` once."""
 
     def __init__(
-        self, file: FeedbackFile, settings: Settings, device: torch.device, methods: Sequence[str] | None = None
+        self,
+        file: FeedbackFile,
+        settings: Settings,
+        device: torch.device,
+        methods: Sequence[str] | None = None,
+        contents: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        """Prepare the evaluation; `contents` are categories by item, which the learner is told before any feedback."""
         names = list(methods) if methods is not None else suitable(settings)
         self._file, self._settings = file, settings
         self.learner = Learner(settings, device) if RECSYS in names else None
+        if self.learner is not None and contents:
+            self.learner.catalogue(contents)
         self._methods: dict[str, Method] = {
             name: LearnerMethod(self.learner) if name == RECSYS and self.learner else BASELINES[name]()
             for name in names

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19recsys/store/v1/log.proto\x12\x0frecsys.store.v1\"H\n\x0cHistoryEntry\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_class\x18\x02 \x01(\t\x12\x0f\n\x07time_ms\x18\x03 \x01(\x03\"9\n\x07History\x12.\n\x07history\x18\x0f \x03(\x0b\x32\x1d.recsys.store.v1.HistoryEntry\"\xf2\x02\n\x0e\x46\x65\x65\x64\x62\x61\x63kRecord\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0f\n\x07item_id\x18\x03 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_class\x18\x04 \x01(\t\x12\x12\n\x05value\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07time_ms\x18\x06 \x01(\x03\x12\x19\n\x11recommendation_id\x18\x07 \x01(\t\x12=\n\x07\x63ontext\x18\x08 \x03(\x0b\x32,.recsys.store.v1.FeedbackRecord.ContextEntry\x12\x18\n\x0btraceparent\x18\t \x01(\tH\x01\x88\x01\x01\x12.\n\x07history\x18\x0f \x03(\x0b\x32\x1d.recsys.store.v1.HistoryEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_valueB\x0e\n\x0c_traceparentb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19recsys/store/v1/log.proto\x12\x0frecsys.store.v1\"H\n\x0cHistoryEntry\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_class\x18\x02 \x01(\t\x12\x0f\n\x07time_ms\x18\x03 \x01(\x03\"9\n\x07History\x12.\n\x07history\x18\x0f \x03(\x0b\x32\x1d.recsys.store.v1.HistoryEntry\"1\n\nItemRecord\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\ncategories\x18\x02 \x03(\t\"\xf2\x02\n\x0e\x46\x65\x65\x64\x62\x61\x63kRecord\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0f\n\x07item_id\x18\x03 \x01(\t\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_class\x18\x04 \x01(\t\x12\x12\n\x05value\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07time_ms\x18\x06 \x01(\x03\x12\x19\n\x11recommendation_id\x18\x07 \x01(\t\x12=\n\x07\x63ontext\x18\x08 \x03(\x0b\x32,.recsys.store.v1.FeedbackRecord.ContextEntry\x12\x18\n\x0btraceparent\x18\t \x01(\tH\x01\x88\x01\x01\x12.\n\x07history\x18\x0f \x03(\x0b\x32\x1d.recsys.store.v1.HistoryEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_valueB\x0e\n\x0c_traceparentb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HISTORYENTRY']._serialized_end=118
   _globals['_HISTORY']._serialized_start=120
   _globals['_HISTORY']._serialized_end=177
-  _globals['_FEEDBACKRECORD']._serialized_start=180
-  _globals['_FEEDBACKRECORD']._serialized_end=550
-  _globals['_FEEDBACKRECORD_CONTEXTENTRY']._serialized_start=478
-  _globals['_FEEDBACKRECORD_CONTEXTENTRY']._serialized_end=524
+  _globals['_ITEMRECORD']._serialized_start=179
+  _globals['_ITEMRECORD']._serialized_end=228
+  _globals['_FEEDBACKRECORD']._serialized_start=231
+  _globals['_FEEDBACKRECORD']._serialized_end=601
+  _globals['_FEEDBACKRECORD_CONTEXTENTRY']._serialized_start=529
+  _globals['_FEEDBACKRECORD_CONTEXTENTRY']._serialized_end=575
 # @@protoc_insertion_point(module_scope)

@@ -22,6 +22,14 @@ class History(_message.Message):
     history: _containers.RepeatedCompositeFieldContainer[HistoryEntry]
     def __init__(self, history: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ...) -> None: ...
 
+class ItemRecord(_message.Message):
+    __slots__ = ("item_id", "categories")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    CATEGORIES_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    categories: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, item_id: _Optional[str] = ..., categories: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class FeedbackRecord(_message.Message):
     __slots__ = ("feedback_id", "user_id", "item_id", "feedback_class", "value", "time_ms", "recommendation_id", "context", "traceparent", "history")
     class ContextEntry(_message.Message):
