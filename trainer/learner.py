@@ -260,9 +260,7 @@ class Learner:
         vectors_UD = self.table.columns["vector"][rows_U].requires_grad_(self.strategies.rows)
         places, count = histories.rows_BL.numel(), len(examples)
         index_BL = inverse[:places].view_as(histories.rows_BL)
-        last_XD = F.embedding(index_BL[:, -1], vectors_UD)
-        vectors_XLD = F.embedding(index_BL, vectors_UD)
-        states_XD = self.network.states(vectors_XLD, last_XD, histories)
+        states_XD = self.network.states(vectors_UD, index_BL, histories)
         items_XD = F.embedding(inverse[places : places + count], vectors_UD)
         # Items without a row are not learned.
         positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0) & (item_X != 0)
@@ -270,7 +268,7 @@ class Learner:
         item_loss = self._item_loss(states_XD, items_XD, negatives_ND, item_X, negative_N, positive_X)
         states = states_XD.detach(), items_XD.detach()
         class_loss = self._class_loss(examples, new, followed, histories, states, standing_IS)
-        extra = self.strategies.distillation(histories, vectors_XLD, states_XD, negatives_ND)
+        extra = self.strategies.distillation(histories, vectors_UD, index_BL, states_XD, negatives_ND)
         return _Losses(rows_U, vectors_UD, item_loss, class_loss, extra)
 
     def _class_loss(

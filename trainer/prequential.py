@@ -81,8 +81,7 @@ class Prequential:
         histories = examples.histories(device)
         vectors = self._table.columns["vector"]
         with torch.no_grad():
-            rows_BL = histories.rows_BL
-            states_BD = self._network.states(vectors[rows_BL], vectors[rows_BL[:, -1]], histories)
+            states_BD = self._network.states(vectors, histories.rows_BL, histories)
         class_loss_B, class_probability_BC = self._classify(examples, states_BD, standing_IS, histories)
         report = StepReport(
             rank_B=np.full(count, NO_EVENT),

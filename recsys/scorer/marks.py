@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys.compiled import compiled
 from recsys.item_table import NEXT_POWER, ItemTable
 from recsys.network import TRANSITION_FLOOR
-from recsys.scorer.compiled import compiled
 from recsys.scorer.lanes import ROWS
 
 Floats = NDArray[np.float32]
