@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer.probabilities",
         *("trainer.quality", "trainer.baselines", "trainer.impressions", "trainer.examples", "trainer.hindsight"),
         "trainer.admission",
-        *("trainer.prequential", "trainer.drift"),
+        *("trainer.full_ranking", "trainer.prequential", "trainer.drift"),
         "trainer.strategies",
         *("trainer.learner", "trainer.gate", "trainer.metrics"),
     ),

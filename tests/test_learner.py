@@ -17,8 +17,9 @@ from recsys.settings import Settings, load
 from recsys.weights import decode, encode
 from trainer.examples import Event, batches
 from trainer.examples import encode as encode_events
+from trainer.full_ranking import ranks
 from trainer.learner import SQUARED_GRADIENT, Learner
-from trainer.prequential import StepReport, ranks
+from trainer.prequential import StepReport
 from trainer.quality import MISS, NO_EVENT
 
 CPU = torch.device("cpu")

@@ -29,8 +29,9 @@ from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
 from trainer.drift import DRIFT, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
+from trainer.full_ranking import MASKED
 from trainer.hindsight import Hindsight
-from trainer.prequential import MASKED, Prequential, StepReport
+from trainer.prequential import Prequential, StepReport
 from trainer.strategies import Strategies
 
 ADAGRAD_EPSILON = 1e-10

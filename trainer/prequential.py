@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
-from recsys.item_table import PADDING_ROW, TRANSITION_REACH, ItemTable
+from recsys.item_table import ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
+from trainer import full_ranking
 from trainer.examples import Examples
 from trainer.quality import MISS, NO_EVENT
 
 # Scores held at once, so that memory does not grow with the number of items.
 SCORES_AT_ONCE = 8_000_000
-# In place of the score of an item that must not be ranked.
-MASKED = -1e9
 # The mixing weights learn by generalised cross-entropy (Zhang and Sabuncu 2018), (1 - p^q) / q: choices that nobody
 # could have foreseen, noise and shuffled feedback among them, move them little. On two real streams 0.2 finds 1% more
 # than plain cross-entropy and 0.4 2 to 3%, but at 0.4 crowds that promote items win twice as much.
@@ -99,8 +98,16 @@ class Prequential:
             part = chosen[start : start + at_once]
             index = to_tensor(part, device)
             item_B = to_tensor(examples.item_B[part], device)
-            hidden_BI = self._hidden(histories.take(index), item_B, seen and [seen[i] for i in part])
-            loss_B = self._rank(part, histories.take(index), states_BD[index], item_B, hidden_BI, standing_IS, report)
+            own = seen and [seen[i] for i in part]
+            found = full_ranking.rank(
+                self._network, self._table, histories.take(index), states_BD[index], standing_IS, item_B, own
+            )
+            if self.watch is not None:
+                self.watch(part, found.scores_BI)
+            report.rank_B[part], report.popularity_rank_B[part] = found.rank_B, found.popularity_rank_B
+            # Synchronises with the GPU: what was found leaves for the metrics.
+            report.item_loss_B[part] = found.loss_B.detach().cpu().numpy()
+            loss_B = (1 - torch.exp(-ROBUSTNESS * found.loss_B)) / ROBUSTNESS
             mean = loss_B.sum() / len(chosen)
             if mean.requires_grad:
                 torch.autograd.backward(mean)
@@ -111,46 +118,6 @@ class Prequential:
         total_B = self._table.columns["total"][to_tensor(item_B, self._table.device)]
         # Synchronises with the GPU: which examples can be ranked decides the shapes that follow.
         return np.asarray((total_B > 0).cpu().numpy())
-
-    def _hidden(self, histories: Histories, item_B: Tensor, seen: list[Rows] | None) -> Tensor:
-        """Return what is not ranked: items never chosen, and those that the user has."""
-        hidden_BI = (self._table.column("total") == 0).repeat(len(item_B), 1)
-        if seen is None:
-            hidden_BI.scatter_(1, histories.rows_BL, True)
-        else:
-            for hidden_I, rows in zip(hidden_BI, seen, strict=True):
-                hidden_I[to_tensor(rows, hidden_BI.device)] = True
-        hidden_BI[:, PADDING_ROW] = True
-        return hidden_BI
-
-    def _rank(
-        self,
-        part: Rows,
-        histories: Histories,
-        states_BD: Tensor,
-        item_B: Tensor,
-        hidden_BI: Tensor,
-        standing_IS: Tensor,
-        report: StepReport,
-    ) -> Tensor:
-        table, network = self._table, self._network
-        with torch.no_grad():
-            lifts_BI = network.lifts(table.transitions(histories.latest_first(TRANSITION_REACH)), table.rows)
-        weights_BP = network.mixing_weights(histories)
-        scores_BI = network.scores(weights_BP, states_BD, table.column("vector"), standing_IS, lifts_BI)
-        # What the user has already is not recommended again: choosing it again cannot be hit, though it can be learned.
-        repeated_B = hidden_BI.gather(1, item_B[:, None])[:, 0]
-        hidden_BI = hidden_BI.scatter(1, item_B[:, None], False)
-        scores_BI = scores_BI.masked_fill(hidden_BI, MASKED)
-        if self.watch is not None:
-            self.watch(part, scores_BI.detach())
-        loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
-        popularity_BI = table.column("total").masked_fill(hidden_BI, MASKED)
-        # Synchronises with the GPU: what was found leaves for the metrics.
-        report.item_loss_B[part] = loss_B.detach().cpu().numpy()
-        report.rank_B[part] = ranks(scores_BI.detach(), item_B).masked_fill(repeated_B, MISS).cpu().numpy()
-        report.popularity_rank_B[part] = ranks(popularity_BI, item_B).masked_fill(repeated_B, MISS).cpu().numpy()
-        return (1 - torch.exp(-ROBUSTNESS * loss_B)) / ROBUSTNESS
 
     @torch.no_grad()
     def _classify(
@@ -168,15 +135,3 @@ class Prequential:
         losses_B = F.cross_entropy(logits_BC, to_tensor(examples.class_B, device), reduction="none")
         # Synchronises with the GPU: what was found leaves for the metrics.
         return losses_B.cpu().numpy().astype(np.float64), logits_BC.softmax(-1).cpu().numpy()
-
-
-def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:
-    """Return each item's rank, 1 the best; a tie counts against it only where the other item is older.
-
-    A score that is not finite is no rank: MISS.
-    """
-    own_B1 = scores_BI.gather(1, item_B[:, None])
-    ahead_B = (scores_BI > own_B1).sum(1)
-    older_BI = torch.arange(scores_BI.shape[1], device=scores_BI.device) < item_B[:, None]
-    ranks_B = 1 + ahead_B + ((scores_BI == own_B1) & older_BI).sum(1)
-    return ranks_B.masked_fill(~torch.isfinite(own_B1[:, 0]), MISS)
