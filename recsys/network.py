@@ -240,6 +240,13 @@ class RecommendationNetwork(nn.Module):
             block.adapter = Adapter(dimension, adapter_width) if adapter_width else None
             block.prompt = Prompt(dimension, heads, prompt_length) if prompt_length else None
 
+    def train(self, mode: bool = True) -> RecommendationNetwork:
+        """Say whether dropout is at work: nothing else depends on it, and asking every part takes a millisecond."""
+        self.training = mode
+        for block in cast("list[_Block]", list(self.blocks)):
+            block.dropout.training = mode
+        return self
+
     def states(self, vectors_UD: Tensor, index_BL: Tensor, histories: Histories) -> Tensor:
         """Compute user states (B, D) from histories, whose entries have the item vectors at `index_BL`."""
         filled_BL = histories.rows_BL != PADDING_ROW

@@ -45,6 +45,8 @@ class StepReport:
     class_loss_B: npt.NDArray[np.float64]
     # Of each feedback class, as (B, C).
     class_probability_BC: npt.NDArray[np.float32]
+    # What counting said of user and item, side by side: None where nothing was tested.
+    rates_BR: Tensor | None = None
     learned: bool = True
     # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
     losses: dict[str, float] = field(default_factory=dict)
@@ -81,13 +83,14 @@ class Prequential:
         vectors = self._table.columns["vector"]
         with torch.no_grad():
             states_BD = self._network.states(vectors, histories.rows_BL, histories)
-        class_loss_B, class_probability_BC = self._classify(examples, states_BD, standing_IS, histories)
+        class_loss_B, class_probability_BC, rates_BR = self._classify(examples, states_BD, standing_IS, histories)
         report = StepReport(
             rank_B=np.full(count, NO_EVENT),
             popularity_rank_B=np.full(count, NO_EVENT),
             item_loss_B=np.full(count, np.nan),
             class_loss_B=class_loss_B,
             class_probability_BC=class_probability_BC,
+            rates_BR=rates_BR,
         )
         positive = self._positive[examples.class_B]
         report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
@@ -122,8 +125,8 @@ class Prequential:
     @torch.no_grad()
     def _classify(
         self, examples: Examples, states_BD: Tensor, standing_IS: Tensor, histories: Histories
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
-        """Return the loss of each example and the probability of each class."""
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], Tensor]:
+        """Return the loss of each example, the probability of each class, and what counting said."""
         device = self._table.device
         item_B = to_tensor(examples.item_B, device)
         context_BP = to_tensor(examples.context_BP, device)
@@ -134,4 +137,4 @@ class Prequential:
         logits_BC = self._network.class_logits(states_BD, vectors_BD, standing_IS[item_B], context_BC, rates_BR)
         losses_B = F.cross_entropy(logits_BC, to_tensor(examples.class_B, device), reduction="none")
         # Synchronises with the GPU: what was found leaves for the metrics.
-        return losses_B.cpu().numpy().astype(np.float64), logits_BC.softmax(-1).cpu().numpy()
+        return losses_B.cpu().numpy().astype(np.float64), logits_BC.softmax(-1).cpu().numpy(), rates_BR
