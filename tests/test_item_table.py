@@ -396,7 +396,7 @@ def test_new_successors_of_one_batch_take_the_weakest_slots_in_turn() -> None:
 
 
 def _by_the_rule(held: list[tuple[int, float]], added: dict[int, float]) -> list[tuple[int, float]]:
-    """Return an item's slots after one feedback: the known grow, then new ones take the weakest slots, heaviest first."""
+    """Return an item's slots after one feedback: the known grow, then new ones take the weakest, the heaviest first."""
     slots = [(row, weight + added.get(row, 0.0)) if row else (row, weight) for row, weight in held]
     weakest = sorted(range(len(slots)), key=lambda s: slots[s][1])
     new = sorted(added.keys() - {row for row, _ in held}, key=lambda row: (-added[row], row))
