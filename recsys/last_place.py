@@ -40,14 +40,16 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
         arrays = [each.detach().contiguous().numpy() for each in given]
-        attention_BHL, mixed_BHD = _forward(*arrays)
-        ctx.arrays = attention_BHL, *arrays
-        return torch.from_numpy(mixed_BHD)
+        # What comes of it lies in torch's memory: products of matrices may differ in the last bits by its alignment.
+        mixed_BHD = torch.zeros_like(given[0], memory_format=torch.contiguous_format)
+        ctx.arrays = _forward(*arrays, mixed_BHD.numpy()), *arrays
+        return mixed_BHD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found = _backward(gradients[0].contiguous().numpy(), *ctx.arrays)
-        return (*map(torch.from_numpy, found), None, None, None, None)
+        found = [torch.zeros(array.shape) for array in ctx.arrays[1:6]]
+        _backward(gradients[0].contiguous().numpy(), *ctx.arrays, *(each.numpy() for each in found))
+        return (*found, None, None, None, None)
 
 
 @compiled
@@ -75,13 +77,13 @@ def _forward(
     classes_BL: Longs,
     gaps_BL: Longs,
     filled_BL: Flags,
-) -> tuple[Floats, Floats]:
-    """Return the attention, 0 where nothing is filled, and what is mixed by it."""
+    mixed_BHD: Floats,
+) -> Floats:
+    """Return the attention, and add up what is mixed by it."""
     users, heads, dimension = q_BHD.shape
     length = index_BL.shape[1]
     first = len(position_LD) - length
     attention_BHL = np.zeros((users, heads, length), np.float32)
-    mixed_BHD = np.zeros((users, heads, dimension), np.float32)
     x_LD = np.empty((length, dimension), np.float32)
     for user in range(users):
         silent = not filled_BL[user].any()
@@ -110,7 +112,7 @@ def _forward(
                 if silent or filled_BL[user, place]:
                     for column in range(dimension):
                         mixed_BHD[user, head, column] += share * x_LD[place, column]
-    return attention_BHL, mixed_BHD
+    return attention_BHL
 
 
 @compiled
@@ -126,13 +128,16 @@ def _backward(
     classes_BL: Longs,
     gaps_BL: Longs,
     filled_BL: Flags,
-) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Return the gradients of the queries and of the tables, summed in the order of histories and entries."""
+    found_BHD: Floats,
+    found_UD: Floats,
+    found_PD: Floats,
+    found_CD: Floats,
+    found_GD: Floats,
+) -> None:
+    """Add up the gradients of the queries and of the tables in the order of histories and entries."""
     users, heads, dimension = q_BHD.shape
     length = index_BL.shape[1]
     first = len(position_LD) - length
-    found_BHD, found_UD = np.zeros_like(q_BHD), np.zeros_like(vectors_UD)
-    found_PD, found_CD, found_GD = np.zeros_like(position_LD), np.zeros_like(class_ND), np.zeros_like(gap_ND)
     x_LD, part_HL = np.empty((length, dimension), np.float32), np.empty((heads, length), np.float32)
     moved_D, mean_H = np.empty(dimension, np.float32), np.empty(heads, np.float32)
     for user in range(users):
@@ -164,4 +169,3 @@ def _backward(
                     found_PD[p, column] += moved_D[column]
                     found_CD[c, column] += moved_D[column]
                     found_GD[g, column] += moved_D[column]
-    return found_BHD, found_UD, found_PD, found_CD, found_GD
