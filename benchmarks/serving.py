@@ -116,7 +116,7 @@ class Straightforward(recommender_pb2_grpc.RecommenderServiceServicer):
         histories = to_histories(encoded, torch.device("cpu"))
         vectors_ID = table.column("vector")
         rows_BL = histories.rows_BL
-        states_BD = network.states(vectors_ID[rows_BL], vectors_ID[rows_BL[:, -1]], histories)
+        states_BD = network.states(vectors_ID, rows_BL, histories)
         scores_I = vectors_ID @ states_BD[0]
         scores_I[rows_BL[0]] = -torch.inf
         found = scores_I.topk(request.count)
@@ -243,7 +243,7 @@ def to_torchscript(store_url: str, path: Path) -> list[bytes]:
         def forward(self, history_B3L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             rows_BL, classes_BL, gaps_BL = history_B3L.unbind(1)
             histories = network_histories(rows_BL, classes_BL, gaps_BL)
-            states_BD = self.network.states(self.vectors_ID[rows_BL], self.vectors_ID[rows_BL[:, -1]], histories)
+            states_BD = self.network.states(self.vectors_ID, rows_BL, histories)
             scores_BI = (states_BD @ self.vectors_ID.T).scatter(1, rows_BL, -torch.inf)
             found = scores_BI.topk(COUNT, dim=1)
             return found.values, found.indices

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys.following import follow
 from recsys.item_rows import PADDING_ROW as PADDING_ROW
 from recsys.item_rows import ItemRows
 
@@ -361,9 +362,19 @@ class ItemTable:
         return torch.cat([item_M, rows_A])
 
     def _count_transitions(self, history_BK: Tensor, item_B: Tensor) -> Tensor:
-        reach = history_BK.shape[1]
-        distance_K = torch.arange(1, reach + 1, device=self.device, dtype=torch.float32)
-        weight_BK = torch.rsqrt(distance_K).expand(len(item_B), -1)
+        distance_K = torch.arange(1, history_BK.shape[1] + 1, device=self.device, dtype=torch.float32)
+        if self.device.type == "cpu":
+            columns = self.columns["successor"].numpy(), self.columns["successor_weight"].numpy()
+            histories = history_BK.contiguous().numpy(), item_B.contiguous().numpy()
+            kept_T = TRANSITION_DECAY ** torch.arange(history_BK.numel() + 1)
+            return torch.from_numpy(
+                follow(*columns, *histories, torch.rsqrt(distance_K).numpy(), kept_T.numpy(), TRANSITION_BACK)
+            )
+        return self._follow_in_tensors(history_BK, item_B, torch.rsqrt(distance_K))
+
+    def _follow_in_tensors(self, history_BK: Tensor, item_B: Tensor, nearness_K: Tensor) -> Tensor:
+        """Do what recsys.following does, on any device."""
+        weight_BK = nearness_K.expand(len(item_B), -1)
         keep_BK = (history_BK != PADDING_ROW) & (history_BK != item_B[:, None])
         before_P, after_P = history_BK[keep_BK], item_B[:, None].expand_as(history_BK)[keep_BK]
         if not len(before_P):
@@ -385,11 +396,10 @@ class ItemTable:
         new_before, new_after, new_weight = before_U[~known_U], after_U[~known_U], weight_U[~known_U]
         if len(new_before):
             owners_A, owner_N, counts_A = torch.unique(new_before, return_inverse=True, return_counts=True)
-            if int(counts_A.max()) > successor.shape[1]:
-                # Not all get in: the heaviest of each item do, of equal ones the lower rows.
-                order_N = torch.argsort(new_weight, descending=True, stable=True)
-                order_N = order_N[torch.argsort(owner_N[order_N], stable=True)]
-                new_before, new_after, new_weight = new_before[order_N], new_after[order_N], new_weight[order_N]
+            # Where not all get in the heaviest of each item do, of equal ones the lower rows.
+            order_N = torch.argsort(new_weight, descending=True, stable=True)
+            order_N = order_N[torch.argsort(owner_N[order_N], stable=True)]
+            new_before, new_after, new_weight = new_before[order_N], new_after[order_N], new_weight[order_N]
             rank_N = torch.arange(len(new_before), device=self.device) - (counts_A.cumsum(0) - counts_A)[owner_N]
             order_AM = torch.argsort(weights[owners_A], dim=1, stable=True)
             fits_N = rank_N < order_AM.shape[1]

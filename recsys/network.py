@@ -7,7 +7,7 @@ I items, S standings, C feedback classes, P context pairs, F mixing features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import cast
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys import last_place
 from recsys.additions import Adapter, Prompt
 from recsys.item_table import AUDIENCE_REACH, PADDING_ROW, STANDINGS, TREND_DECAYS, ItemTable, Transitions
 from recsys.rates import Rates
@@ -91,19 +92,17 @@ class _Block(nn.Module):
             mixed = mixed + prompted_RHW.view(split).transpose(1, 2)
         return self._finish(x_BLD, mixed.transpose(1, 2).reshape(batch, length, dimension))
 
-    def last(self, last_BD: Tensor, parts: list[_Part], filled_BL: Tensor) -> Tensor:
+    def last(self, last_BD: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
         """Compute `forward` at the last place alone: (B, D), the same numbers for a small part of the work.
 
         With a single query per head, q (W_k x) = (W_k^T q) x and the mixed values are W_v times the mixed inputs, so
-        that no keys or values are formed; and as x is a sum of parts, so are both products.
+        that no keys or values are formed. `mix` has the inputs: given the queries (B, H, D) it returns what they mix.
         """
         batch, dimension = last_BD.shape
         width = dimension // self.heads
         q_BHW = self.query(last_BD).view(batch, self.heads, width) / math.sqrt(width)
         q_BHD = self._before_keys(q_BHW)
-        logits_BHL = _total(part.products(q_BHD) for part in parts)
-        attention_BHL = logits_BHL.masked_fill(~filled_BL[:, None], -1e9).softmax(-1)
-        mixed_BHD = _total(part.mixed(attention_BHL) for part in parts)
+        mixed_BHD = mix(q_BHD)
         if self.prompt is not None:
             mixed_BHD = mixed_BHD + self.prompt.mixed(q_BHD)
         v_BD = self._values(mixed_BHD).reshape(batch, dimension) + self.value.bias
@@ -178,6 +177,13 @@ def _total(tensors: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, tensors)
 
 
+def _mix(q_BHD: Tensor, parts: list[_Part], filled_BL: Tensor) -> Tensor:
+    """Mix inputs by the softmax of their products with the queries; as x is a sum of parts, so are both products."""
+    logits_BHL = _total(part.products(q_BHD) for part in parts)
+    attention_BHL = logits_BHL.masked_fill(~filled_BL[:, None], -1e9).softmax(-1)
+    return _total(part.mixed(attention_BHL) for part in parts)
+
+
 class RecommendationNetwork(nn.Module):
     """Turn histories into user states, mix the parts of the score, and classify feedback.
 
@@ -234,38 +240,47 @@ class RecommendationNetwork(nn.Module):
             block.adapter = Adapter(dimension, adapter_width) if adapter_width else None
             block.prompt = Prompt(dimension, heads, prompt_length) if prompt_length else None
 
-    def states(self, vectors_BLD: Tensor, last_BD: Tensor, histories: Histories) -> Tensor:
-        """Compute user states (B, D) from histories and the item vectors of their entries.
+    def train(self, mode: bool = True) -> RecommendationNetwork:
+        """Say whether dropout is at work: nothing else depends on it, and asking every part takes a millisecond."""
+        self.training = mode
+        for block in cast("list[_Block]", list(self.blocks)):
+            block.dropout.training = mode
+        return self
 
-        `last_BD` repeats vectors_BLD[:, -1]: gathered apart, its gradient needs no array of B x L x D.
-        """
+    def states(self, vectors_UD: Tensor, index_BL: Tensor, histories: Histories) -> Tensor:
+        """Compute user states (B, D) from histories, whose entries have the item vectors at `index_BL`."""
         filled_BL = histories.rows_BL != PADDING_ROW
         if self.training and self.entry_dropout:
             filled_BL = filled_BL & (torch.rand_like(filled_BL, dtype=torch.float32) >= self.entry_dropout)
-        length = vectors_BLD.shape[1]
-        position_LD = self.position[-length:]
+        position_LD = self.position[-index_BL.shape[1] :]
         last_BD = (
-            last_BD
+            F.embedding(index_BL[:, -1], vectors_UD)
             + position_LD[-1]
             + self.entry_class(histories.classes_BL[:, -1])
             + self.gap(histories.gaps_BL[:, -1])
         )
+        blocks = cast("list[_Block]", list(self.blocks))
+        if len(blocks) == 1 and vectors_UD.device.type == "cpu":
+            tables = vectors_UD, position_LD, self.entry_class.weight, self.gap.weight
+            places = index_BL, histories.classes_BL, histories.gaps_BL
+            return blocks[0].last(last_BD, lambda q_BHD: last_place.mix(q_BHD, tables, places, filled_BL))
+        vectors_BLD = F.embedding(index_BL, vectors_UD)
         parts: list[_Part] = [
             _Dense(vectors_BLD),
             _Positions(position_LD),
             _Looked(self.entry_class.weight, histories.classes_BL),
             _Looked(self.gap.weight, histories.gaps_BL),
         ]
-        blocks = cast("list[_Block]", list(self.blocks))
         if len(blocks) > 1:
             x_BLD = vectors_BLD + position_LD + self.entry_class(histories.classes_BL) + self.gap(histories.gaps_BL)
+            length = index_BL.shape[1]
             causal_LL = torch.ones(length, length, dtype=torch.bool, device=x_BLD.device).tril()
             own_LL = torch.eye(length, dtype=torch.bool, device=x_BLD.device)
             visible_BLL = (causal_LL & filled_BL[:, None, :]) | own_LL
             for block in blocks[:-1]:
                 x_BLD = block(x_BLD, visible_BLL)
             last_BD, parts = x_BLD[:, -1], [_Dense(x_BLD)]
-        return blocks[-1].last(last_BD, parts, filled_BL)
+        return blocks[-1].last(last_BD, lambda q_BHD: _mix(q_BHD, parts, filled_BL))
 
     def mixing_weights(self, histories: Histories) -> Tensor:
         """Compute the weight of each part of the score from what is known of the history: (B, PARTS)."""

@@ -81,13 +81,13 @@ def test_distillation_is_the_divergence_of_two_softmaxes() -> None:
     generator = torch.Generator().manual_seed(5)
     table, sampled = (torch.randn(n, settings.dimension, generator=generator) for n in (9, 6))
     histories = _histories([[0, 0, 1, 2, 3], [0, 0, 0, 0, 0], [4, 5, 6, 7, 8]])
-    vectors = table[histories.rows_BL]
 
     def states() -> Tensor:
-        return network.states(vectors, vectors[:, -1], histories)
+        return network.states(table, histories.rows_BL, histories)
 
     earlier = states().detach()
-    assert float(anchor.distil(histories, vectors, states().detach(), sampled)) == pytest.approx(0.0, abs=1e-6)
+    said = anchor.distil(histories, table, histories.rows_BL, states().detach(), sampled)
+    assert float(said) == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
         network.position.add_(0.5 * torch.randn(network.position.shape, generator=generator))
     later = states()
@@ -95,7 +95,7 @@ def test_distillation_is_the_divergence_of_two_softmaxes() -> None:
     for user in (0, 2):
         p, q = ((s[user] @ sampled.T).softmax(0).detach().double() for s in (earlier, later))
         expected.append(float((p * (p / q).log()).sum()))
-    assert float(anchor.distil(histories, vectors, later.detach(), sampled)) == pytest.approx(
+    assert float(anchor.distil(histories, table, histories.rows_BL, later.detach(), sampled)) == pytest.approx(
         sum(expected) / 2, rel=1e-4
     )
 
@@ -112,8 +112,7 @@ def test_distillation_keeps_what_is_said() -> None:
         learner.network.eval()
         with torch.no_grad():
             now, then = (
-                (n.states(vectors[histories.rows_BL], vectors[histories.rows_BL[:, -1]], histories) @ vectors.T)
-                for n in (learner.network, reference)
+                (n.states(vectors, histories.rows_BL, histories) @ vectors.T) for n in (learner.network, reference)
             )
         said.append(float(nn.functional.kl_div(now.log_softmax(1), then.softmax(1), reduction="batchmean")))
     assert said[1] < 0.5 * said[0]

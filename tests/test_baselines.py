@@ -27,7 +27,7 @@ from trainer.baselines import (
 )
 from trainer.baselines.pairs import LEAST_ENTRIES, Pairs
 from trainer.baselines.popularity import LARGEST_INCREMENT
-from trainer.prequential import ranks
+from trainer.full_ranking import ranks
 from trainer.quality import MISS
 
 # (user, item)

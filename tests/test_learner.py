@@ -18,8 +18,9 @@ from recsys.weights import decode, encode
 from trainer.contents import CONTENT_COLUMNS
 from trainer.examples import Event, batches
 from trainer.examples import encode as encode_events
+from trainer.full_ranking import ranks
 from trainer.learner import SQUARED_GRADIENT, Learner
-from trainer.prequential import StepReport, ranks
+from trainer.prequential import StepReport
 from trainer.quality import MISS, NO_EVENT
 
 CPU = torch.device("cpu")
@@ -399,7 +400,7 @@ def test_the_network_alone_learns_what_always_follows() -> None:
     test = encode_events(events[-500:], learner.settings)
     histories, vectors = test.histories(CPU), learner.table.column("vector")
     with torch.no_grad():
-        states = learner.network.states(vectors[histories.rows_BL], vectors[histories.rows_BL[:, -1]], histories)
+        states = learner.network.states(vectors, histories.rows_BL, histories)
         scores = (states @ vectors.T).scatter_(1, histories.rows_BL, -math.inf)
         scores[:, 0] = -math.inf
     assert float((ranks(scores, torch.from_numpy(test.item_B)) == 1).float().mean()) > 0.9

@@ -56,8 +56,7 @@ def _vectors(seed: int = 1) -> torch.Tensor:
 
 
 def _states(network: RecommendationNetwork, histories: Histories, table: torch.Tensor) -> torch.Tensor:
-    vectors = table[histories.rows_BL]
-    return network.states(vectors, vectors[:, -1], histories)
+    return network.states(table, histories.rows_BL, histories)
 
 
 def _attended(network: RecommendationNetwork, histories: Histories, table: torch.Tensor, user: int) -> np.ndarray:

@@ -92,7 +92,7 @@ class World:
     def users(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the vectors, and the mixing weights and states of the users."""
         vectors, rows_BL = self.table.column("vector"), self.histories.rows_BL
-        states = self.network.states(vectors[rows_BL], vectors[rows_BL[:, -1]], self.histories)
+        states = self.network.states(vectors, rows_BL, self.histories)
         return vectors, self.network.mixing_weights(self.histories), states
 
 

@@ -210,7 +210,7 @@ class Plain:
             torch.tensor([empty + [((NOW_MS - e.time_ms) // 1000).bit_length() for e in known]]),
         )
         vectors = table.columns["vector"][: len(self.ids)]
-        state = network.states(vectors[histories.rows_BL], vectors[histories.rows_BL[:, -1]], histories)[0]
+        state = network.states(vectors, histories.rows_BL, histories)[0]
         weights = network.mixing_weights(histories)[0].tolist()
         encoded = torch.from_numpy(encode_contexts([query.context], settings))
         context, buckets = (

@@ -11,10 +11,10 @@ from learning import CPU
 from numba.core import caching
 from numpy.typing import NDArray
 
+from recsys.compiled import compiled
 from recsys.item_table import PADDING_ROW, STANDINGS, ItemTable
 from recsys.network import LIFTS, TRANSITION_FLOOR, Histories
 from recsys.scorer import lanes, shortlist
-from recsys.scorer.compiled import compiled
 from recsys.scorer.encoder import Encoder
 from recsys.scorer.items import Ahead, Items
 from recsys.scorer.marks import END, Marks
@@ -301,7 +301,7 @@ def test_states_and_weights_are_those_of_the_network(blocks: int) -> None:
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.4)
         found = Encoder(network)(vectors, histories)
-        states = network.states(vectors[rows], vectors[rows[:, -1]], histories)
+        states = network.states(vectors, rows, histories)
         expected = states, network.mixing_weights(histories)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=2e-4, rtol=1e-4)

@@ -99,8 +99,8 @@ def test_what_is_added_changes_no_other_initial_weight_and_no_number() -> None:
     assert set(added.state_dict()) - set(plain.state_dict()) == set(additions(added.state_dict()))
     learner = learned(small_settings(blocks=2), 5)
     histories = draw(learner, 9).histories(CPU)
-    vectors = learner.table.column("vector")[histories.rows_BL]
-    said = [network.states(vectors, vectors[:, -1], histories) for network in (plain, added)]
+    vectors = learner.table.column("vector")
+    said = [network.states(vectors, histories.rows_BL, histories) for network in (plain, added)]
     assert torch.equal(*said)
 
 

@@ -31,8 +31,9 @@ from recsys.weights.replica import to_tensor as from_array
 from trainer.contents import CONTENT_COLUMNS, Contents
 from trainer.drift import DRIFT, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
+from trainer.full_ranking import MASKED
 from trainer.hindsight import Hindsight
-from trainer.prequential import MASKED, Prequential, StepReport
+from trainer.prequential import Prequential, StepReport
 from trainer.strategies import Strategies
 
 ADAGRAD_EPSILON = 1e-10
@@ -111,7 +112,7 @@ class Learner:
         if followed is not None:
             batch = join([batch, followed.impressions])
         with self.strategies.learning(self.steps):
-            losses = self._loss(batch, len(examples), followed, standing_IS, random)
+            losses = self._loss(batch, report, followed, standing_IS, random)
             loss = losses.total
             torch.autograd.backward(loss)
             norm = self.strategies.clip(len(batch))
@@ -295,12 +296,12 @@ class Learner:
     def _loss(
         self,
         examples: Examples,
-        new: int,
+        report: StepReport,
         followed: Followed | None,
         standing_IS: Tensor,
         random: np.random.Generator,
     ) -> _Losses:
-        """Compute the losses of a batch: `new` examples, what is replayed, and the impressions that were followed."""
+        """Compute the losses of a batch: new examples, reported on, replayed ones, impressions that were followed."""
         self.network.train()
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
@@ -313,34 +314,33 @@ class Learner:
         vectors_UD = self.table.columns["vector"][rows_U].requires_grad_(self.strategies.rows)
         places, count = histories.rows_BL.numel(), len(examples)
         index_BL = inverse[:places].view_as(histories.rows_BL)
-        last_XD = F.embedding(index_BL[:, -1], vectors_UD)
-        vectors_XLD = F.embedding(index_BL, vectors_UD)
-        states_XD = self.network.states(vectors_XLD, last_XD, histories)
+        states_XD = self.network.states(vectors_UD, index_BL, histories)
         items_XD = F.embedding(inverse[places : places + count], vectors_UD)
         # Items without a row are not learned.
         positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0) & (item_X != 0)
         negatives_ND = F.embedding(inverse[places + count :], vectors_UD)
         item_loss = self._item_loss(states_XD, items_XD, negatives_ND, item_X, negative_N, positive_X)
         states = states_XD.detach(), items_XD.detach()
-        class_loss = self._class_loss(examples, new, followed, histories, states, standing_IS)
-        extra = self.strategies.distillation(histories, vectors_XLD, states_XD, negatives_ND)
+        class_loss = self._class_loss(examples, report, followed, histories, states, standing_IS)
+        extra = self.strategies.distillation(histories, vectors_UD, index_BL, states_XD, negatives_ND)
         return _Losses(rows_U, vectors_UD, item_loss, class_loss, extra)
 
     def _class_loss(
         self,
         examples: Examples,
-        new: int,
+        report: StepReport,
         followed: Followed | None,
         histories: Histories,
         states: tuple[Tensor, Tensor],
         standing_IS: Tensor,
     ) -> Tensor:
-        """Compute the loss over the classes of the first `new` examples; `states` are those of users and items.
+        """Compute the loss over the classes of the new examples, the first; `states` are those of users and items.
 
         What is replayed was counted already, and what the head knows by heart it would take for certain. What follows
         an impression says what became of that one: the class is learned where the impression was given.
         """
-        rows_E, followed_E, taken_EC = np.arange(new), None, None
+        new = len(report.rank_B)
+        rows_E, followed_E, taken_EC, rates_ER = np.arange(new), None, None, report.rates_BR
         item_E, class_E = (to_tensor(array[:new], self.device) for array in (examples.item_B, examples.class_B))
         counts_EC, standing_ES = self.table.columns["classes"][item_E], standing_IS[item_E]
         if followed is not None and self._provisional is not None:
@@ -352,15 +352,19 @@ class Learner:
             hindsight = Hindsight(self.window, self.table, self._positive, self._provisional)
             known = counts_EC[place_M], standing_ES[place_M]
             counts_EC[place_M], standing_ES[place_M] = hindsight.look(followed, item_E[place_M], *known)
+            # The test asked what is known now.
+            rates_ER = None
         index_E = to_tensor(rows_E, self.device)
         context_EP = to_tensor(examples.context_BP[rows_E], self.device)
-        user_ER = self.network.user_rates(histories.take(index_E), self.table, context_EP, taken_EC)
+        if rates_ER is None:
+            user_ER = self.network.user_rates(histories.take(index_E), self.table, context_EP, taken_EC)
+            rates_ER = torch.cat([user_ER, self.network.rates.item(counts_EC)], 1)
         logits_EC = self.network.class_logits(
             states[0][index_E],
             states[1][:new],
             standing_ES,
             self.network.context_vectors(context_EP),
-            torch.cat([user_ER, self.network.rates.item(counts_EC)], 1),
+            rates_ER,
         )
         return self.strategies.class_loss(logits_EC, class_E, followed_E)
 

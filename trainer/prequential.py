@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
-from recsys.item_table import PADDING_ROW, TRANSITION_REACH, ItemTable
+from recsys.item_table import ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
+from trainer import full_ranking
 from trainer.examples import Examples
 from trainer.quality import MISS, NO_EVENT
 
 # Scores held at once, so that memory does not grow with the number of items.
 SCORES_AT_ONCE = 8_000_000
-# In place of the score of an item that must not be ranked.
-MASKED = -1e9
 # The mixing weights learn by generalised cross-entropy (Zhang and Sabuncu 2018), (1 - p^q) / q: choices that nobody
 # could have foreseen, noise and shuffled feedback among them, move them little. On two real streams 0.2 finds 1% more
 # than plain cross-entropy and 0.4 2 to 3%, but at 0.4 crowds that promote items win twice as much.
@@ -46,6 +45,8 @@ class StepReport:
     class_loss_B: npt.NDArray[np.float64]
     # Of each feedback class, as (B, C).
     class_probability_BC: npt.NDArray[np.float32]
+    # What counting said of user and item, side by side: None where nothing was tested.
+    rates_BR: Tensor | None = None
     learned: bool = True
     # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
     losses: dict[str, float] = field(default_factory=dict)
@@ -81,15 +82,15 @@ class Prequential:
         histories = examples.histories(device)
         vectors = self._table.columns["vector"]
         with torch.no_grad():
-            rows_BL = histories.rows_BL
-            states_BD = self._network.states(vectors[rows_BL], vectors[rows_BL[:, -1]], histories)
-        class_loss_B, class_probability_BC = self._classify(examples, states_BD, standing_IS, histories)
+            states_BD = self._network.states(vectors, histories.rows_BL, histories)
+        class_loss_B, class_probability_BC, rates_BR = self._classify(examples, states_BD, standing_IS, histories)
         report = StepReport(
             rank_B=np.full(count, NO_EVENT),
             popularity_rank_B=np.full(count, NO_EVENT),
             item_loss_B=np.full(count, np.nan),
             class_loss_B=class_loss_B,
             class_probability_BC=class_probability_BC,
+            rates_BR=rates_BR,
         )
         positive = self._positive[examples.class_B]
         report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
@@ -100,8 +101,16 @@ class Prequential:
             part = chosen[start : start + at_once]
             index = to_tensor(part, device)
             item_B = to_tensor(examples.item_B[part], device)
-            hidden_BI = self._hidden(histories.take(index), item_B, seen and [seen[i] for i in part])
-            loss_B = self._rank(part, histories.take(index), states_BD[index], item_B, hidden_BI, standing_IS, report)
+            own = seen and [seen[i] for i in part]
+            found = full_ranking.rank(
+                self._network, self._table, histories.take(index), states_BD[index], standing_IS, item_B, own
+            )
+            if self.watch is not None:
+                self.watch(part, found.scores_BI)
+            report.rank_B[part], report.popularity_rank_B[part] = found.rank_B, found.popularity_rank_B
+            # Synchronises with the GPU: what was found leaves for the metrics.
+            report.item_loss_B[part] = found.loss_B.detach().cpu().numpy()
+            loss_B = (1 - torch.exp(-ROBUSTNESS * found.loss_B)) / ROBUSTNESS
             mean = loss_B.sum() / len(chosen)
             if mean.requires_grad:
                 torch.autograd.backward(mean)
@@ -113,51 +122,11 @@ class Prequential:
         # Synchronises with the GPU: which examples can be ranked decides the shapes that follow.
         return np.asarray((total_B > 0).cpu().numpy())
 
-    def _hidden(self, histories: Histories, item_B: Tensor, seen: list[Rows] | None) -> Tensor:
-        """Return what is not ranked: items never chosen, and those that the user has."""
-        hidden_BI = (self._table.column("total") == 0).repeat(len(item_B), 1)
-        if seen is None:
-            hidden_BI.scatter_(1, histories.rows_BL, True)
-        else:
-            for hidden_I, rows in zip(hidden_BI, seen, strict=True):
-                hidden_I[to_tensor(rows, hidden_BI.device)] = True
-        hidden_BI[:, PADDING_ROW] = True
-        return hidden_BI
-
-    def _rank(
-        self,
-        part: Rows,
-        histories: Histories,
-        states_BD: Tensor,
-        item_B: Tensor,
-        hidden_BI: Tensor,
-        standing_IS: Tensor,
-        report: StepReport,
-    ) -> Tensor:
-        table, network = self._table, self._network
-        with torch.no_grad():
-            lifts_BI = network.lifts(table.transitions(histories.latest_first(TRANSITION_REACH)), table.rows)
-        weights_BP = network.mixing_weights(histories)
-        scores_BI = network.scores(weights_BP, states_BD, table.column("vector"), standing_IS, lifts_BI)
-        # What the user has already is not recommended again: choosing it again cannot be hit, though it can be learned.
-        repeated_B = hidden_BI.gather(1, item_B[:, None])[:, 0]
-        hidden_BI = hidden_BI.scatter(1, item_B[:, None], False)
-        scores_BI = scores_BI.masked_fill(hidden_BI, MASKED)
-        if self.watch is not None:
-            self.watch(part, scores_BI.detach())
-        loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
-        popularity_BI = table.column("total").masked_fill(hidden_BI, MASKED)
-        # Synchronises with the GPU: what was found leaves for the metrics.
-        report.item_loss_B[part] = loss_B.detach().cpu().numpy()
-        report.rank_B[part] = ranks(scores_BI.detach(), item_B).masked_fill(repeated_B, MISS).cpu().numpy()
-        report.popularity_rank_B[part] = ranks(popularity_BI, item_B).masked_fill(repeated_B, MISS).cpu().numpy()
-        return (1 - torch.exp(-ROBUSTNESS * loss_B)) / ROBUSTNESS
-
     @torch.no_grad()
     def _classify(
         self, examples: Examples, states_BD: Tensor, standing_IS: Tensor, histories: Histories
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
-        """Return the loss of each example and the probability of each class."""
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], Tensor]:
+        """Return the loss of each example, the probability of each class, and what counting said."""
         device = self._table.device
         item_B = to_tensor(examples.item_B, device)
         context_BP = to_tensor(examples.context_BP, device)
@@ -168,16 +137,4 @@ class Prequential:
         logits_BC = self._network.class_logits(states_BD, vectors_BD, standing_IS[item_B], context_BC, rates_BR)
         losses_B = F.cross_entropy(logits_BC, to_tensor(examples.class_B, device), reduction="none")
         # Synchronises with the GPU: what was found leaves for the metrics.
-        return losses_B.cpu().numpy().astype(np.float64), logits_BC.softmax(-1).cpu().numpy()
-
-
-def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:
-    """Return each item's rank, 1 the best; a tie counts against it only where the other item is older.
-
-    A score that is not finite is no rank: MISS.
-    """
-    own_B1 = scores_BI.gather(1, item_B[:, None])
-    ahead_B = (scores_BI > own_B1).sum(1)
-    older_BI = torch.arange(scores_BI.shape[1], device=scores_BI.device) < item_B[:, None]
-    ranks_B = 1 + ahead_B + ((scores_BI == own_B1) & older_BI).sum(1)
-    return ranks_B.masked_fill(~torch.isfinite(own_B1[:, 0]), MISS)
+        return losses_B.cpu().numpy().astype(np.float64), logits_BC.softmax(-1).cpu().numpy(), rates_BR

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from recsys.compiled import compiled
 from recsys.network import GAP_BUCKETS, LIFTS, Histories, RecommendationNetwork
-from recsys.scorer.compiled import compiled
 
 Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]
@@ -51,7 +51,7 @@ class Encoder:
         """Return the states (B, D) and the weights of the score's parts (B, P)."""
         rows_BL = histories.rows_BL
         if not self._compiled:
-            states_BD = self._network.states(vectors_ID[rows_BL], vectors_ID[rows_BL[:, -1]], histories)
+            states_BD = self._network.states(vectors_ID, rows_BL, histories)
             return states_BD, self._network.mixing_weights(histories)
         places = (rows_BL.numpy(), histories.classes_BL.numpy(), histories.gaps_BL.numpy())
         states_BD, contexts_BF = _states(

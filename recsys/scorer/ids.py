@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.scorer.compiled import compiled
+from recsys.compiled import compiled
 
 # Slots for each row that there is room for, and the share of them that may be taken.
 SLOTS, FULL = 3, 0.6

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys.compiled import compiled
 from recsys.item_table import NEXT_POWER, ItemTable
 from recsys.network import TRANSITION_FLOOR
-from recsys.scorer.compiled import compiled
 from recsys.scorer.lanes import ROWS
 from recsys.scorer.retrieval import Own
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.compiled import compiled
 from recsys.network import LIFTS, WORTH_FLOOR
-from recsys.scorer.compiled import compiled
 from recsys.scorer.shortlist import HIDDEN
 from recsys.v1.recommender_pb2 import SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING
 

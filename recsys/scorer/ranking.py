@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys.compiled import compiled
 from recsys.item_table import STANDINGS, ItemTable
 from recsys.network import CONTEXT_WIDTH, RecommendationNetwork
 from recsys.rates import PRIOR
-from recsys.scorer.compiled import compiled
 
 Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]

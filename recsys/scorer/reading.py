@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.compiled import compiled
 from recsys.network import GAP_BUCKETS
-from recsys.scorer.compiled import compiled
 from recsys.scorer.ids import Ids, Index, find
 from recsys.store.v1.log_pb2 import History, HistoryEntry
 
@@ -26,6 +26,8 @@ _ITEM_ID, _CLASS, _TIME = (_fields[name].number for name in ("item_id", "feedbac
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _LONGEST_VARINT = 10
 _DAMAGED = -1
+# Times before it count as it: their distance from now would not fit a number.
+_LONG_AGO_MS = 2**62
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ def _read(
         place = length - 1
         for entry in range(entries - 1, max(entries - length, 0) - 1, -1):
             if row_E[entry] and class_E[entry]:
-                seconds, bucket = max(now_ms - time_E[entry], 0) // 1000, 0
+                seconds, bucket = max(now_ms - max(time_E[entry], -_LONG_AGO_MS), 0) // 1000, 0
                 # The number of bits, as in recsys.encoding.
                 while seconds and bucket < GAP_BUCKETS - 1:
                     seconds >>= 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.scorer.compiled import compiled
+from recsys.compiled import compiled
 from recsys.scorer.lanes import PAIR_BYTES, ROWS
 
 LARGEST = 127

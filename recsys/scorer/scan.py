@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.scorer.compiled import compiled
+from recsys.compiled import compiled
 from recsys.scorer.lanes import ROWS, USERS, products_of_four, products_of_one, trailing_zeros
 from recsys.scorer.shortlist import HIDDEN, NO_KEY, look_closely, make_room
 

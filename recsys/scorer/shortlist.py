@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.scorer.compiled import compiled
+from recsys.compiled import compiled
 from recsys.scorer.lanes import ROWS
 
 # Below any real score, and past the key of any.

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from recsys.compiled import compiled
 from recsys.item_table import AGE_SCALE, STANDINGS, TOTAL_SCALE, TREND_DECAYS, TREND_FLOOR
-from recsys.scorer.compiled import compiled
 
 SPEEDS = len(TREND_DECAYS)
 LOG_DECAYS = np.log(np.array(TREND_DECAYS))

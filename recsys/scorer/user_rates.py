@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys.compiled import compiled
 from recsys.item_table import AUDIENCE_REACH, ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.rates import FADING, PRIOR, RESIDUAL_PRIOR
-from recsys.scorer.compiled import compiled
 
 Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]

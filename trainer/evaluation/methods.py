@@ -28,8 +28,9 @@ from trainer.baselines import (
 from trainer.evaluation.measures import Floats
 from trainer.evaluation.stream import Case
 from trainer.examples import Examples, batches, encode
+from trainer.full_ranking import MASKED
 from trainer.learner import Learner
-from trainer.prequential import MASKED, Prequential, StepReport
+from trainer.prequential import Prequential, StepReport
 from trainer.quality import MISS, NO_EVENT, Rows
 
 RECSYS = "recsys"

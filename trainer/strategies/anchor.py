@@ -67,18 +67,20 @@ class Anchor:
     def distil(
         self,
         histories: Histories,
-        vectors_BLD: Tensor,
+        vectors_UD: Tensor,
+        index_BL: Tensor,
         states_BD: Tensor,
         sampled_ND: Tensor,
     ) -> Tensor:
         """Return how far the network's user states say something else of sampled items than the anchor's, in nats.
 
         The mean KL divergence of the two softmaxes over N items (Hinton et al. 2015), from the anchor's to the
-        network's; where there is no history there is nothing to keep. The item vectors are today's.
+        network's; where there is no history there is nothing to keep. The item vectors, of entries those
+        at `index_BL`, are today's.
         """
         given_B = (histories.rows_BL != 0).any(1)
         with torch.no_grad():
-            earlier_BD = self._earlier.states(vectors_BLD, vectors_BLD[:, -1], histories)
+            earlier_BD = self._earlier.states(vectors_UD, index_BL, histories)
             target_BN = (earlier_BD @ sampled_ND.T).log_softmax(1)
         said_BN = (states_BD @ sampled_ND.T).log_softmax(1)
         divergence_B = F.kl_div(said_BN, target_BN, reduction="none", log_target=True).sum(1)

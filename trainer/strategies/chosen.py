@@ -99,11 +99,13 @@ class Strategies:
             return losses(class_X).mean()
         return self._delayed.loss(losses, logits_XC, class_X, followed_X)
 
-    def distillation(self, histories: Histories, vectors_BLD: Tensor, states_BD: Tensor, sampled_ND: Tensor) -> Tensor:
+    def distillation(
+        self, histories: Histories, vectors_UD: Tensor, index_BL: Tensor, states_BD: Tensor, sampled_ND: Tensor
+    ) -> Tensor:
         """Return the weighted loss for saying something else of sampled items than before; 0 unless chosen."""
         if self._anchor is None or not self._settings.distillation_weight:
             return states_BD.new_zeros(())
-        divergence = self._anchor.distil(histories, vectors_BLD, states_BD, sampled_ND)
+        divergence = self._anchor.distil(histories, vectors_UD, index_BL, states_BD, sampled_ND)
         return self._settings.distillation_weight * divergence
 
     def clip(self, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""compiled: numba's compiler with the options that all of the scorer's loops share."""
+"""compiled: numba's compiler with the options that all of the loops written for it share."""
 
 from __future__ import annotations
 

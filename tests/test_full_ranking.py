@@ -1,0 +1,82 @@
+"""The loop over users finds the ranks, losses and gradients that tensors find, whatever is hidden, tied or unknown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from learning import CPU
+
+from recsys.item_table import PADDING_ROW, ItemTable
+from recsys.network import Histories, build_network
+from recsys.settings import load
+from trainer import full_ranking
+from trainer.full_ranking import Ranked
+
+LENGTH, USERS = 6, 40
+SETTINGS = load({"dimension": 8, "history_length": LENGTH, "context_buckets": 8, "successors": 4}, environment={})
+
+
+def _world(items: int, seed: int) -> tuple[ItemTable, Histories, torch.Tensor]:
+    """Make a table in which some items were never chosen and some are alike, and histories, one of them empty."""
+    draw = torch.Generator().manual_seed(seed)
+    table = ItemTable(8, 4, CPU, seed)
+    table.allocate([f"i{n}" for n in range(items)])
+    rows_BL = torch.randint(0, items + 1, (USERS, LENGTH), generator=draw)
+    rows_BL, _ = rows_BL.sort(1)
+    rows_BL[5] = PADDING_ROW
+    for _ in range(3):
+        item_B = torch.randint(1, max(2, items * 3 // 4), (USERS,), generator=draw)
+        positive_B = torch.rand(USERS, generator=draw) < 0.8
+        table.count(rows_BL.flip(1), item_B, positive_B, positive_B.long())
+    table.columns["vector"][2] = table.columns["vector"][1]
+    for name in ("trend", "total", "touched", "first"):
+        table.columns[name][2] = table.columns[name][1]
+    gaps_BL = torch.randint(0, 9, rows_BL.shape, generator=draw) * (rows_BL != 0)
+    known = table.column("total").nonzero()[:, 0]
+    item_B = known[torch.randint(0, len(known), (USERS,), generator=draw)]
+    rows_BL[:4, -1] = item_B[:4]
+    return table, Histories(rows_BL, (rows_BL != 0).long(), gaps_BL), item_B
+
+
+@pytest.mark.parametrize("items", [3, 50, full_ranking.STRETCH + 77])
+@pytest.mark.parametrize("seen", [False, True], ids=["history", "seen"])
+def test_both_ways_find_the_same(items: int, seen: bool) -> None:
+    table, histories, item_B = _world(items, items)
+    network = build_network(SETTINGS)
+    states_BD = 2 * torch.randn(USERS, 8, generator=torch.Generator().manual_seed(7))
+    own = [np.unique(rows[rows != 0])[-1 - n % 4 :] for n, rows in enumerate(histories.rows_BL.numpy())]
+    rows = own if seen else None
+
+    def found(way: object) -> tuple[Ranked, list[torch.Tensor]]:
+        assert callable(way)
+        network.zero_grad()
+        ranked = way(network, table, histories, states_BD, table.standing(), item_B, rows)
+        (ranked.loss_B * torch.arange(USERS)).sum().backward()
+        return ranked, [network.mix.weight.grad.clone(), network.mix.bias.grad.clone()]
+
+    (one, one_gradients), (other, other_gradients) = found(full_ranking._by_loop), found(full_ranking._by_tensors)
+    assert one.rank_B.tolist() == other.rank_B.tolist()
+    assert one.popularity_rank_B.tolist() == other.popularity_rank_B.tolist()
+    torch.testing.assert_close(one.loss_B, other.loss_B, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.scores_BI, other.scores_BI, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(one_gradients, other_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
+        assert float(mine.abs().max()) > 0.01
+    # Some were had already.
+    assert 0 in one.rank_B
+    assert len(set(one.rank_B.tolist())) > 2
+
+
+def test_a_score_that_is_no_number_gives_no_loss() -> None:
+    table, histories, item_B = _world(50, 4)
+    row = int(table.column("total").nonzero()[5])
+    table.columns["vector"][row] = float("nan")
+    network = build_network(SETTINGS)
+    for way in (full_ranking._by_loop, full_ranking._by_tensors):
+        found = way(network, table, histories, torch.ones(USERS, 8), table.standing(), item_B, None)
+        # Who has the item does not see it.
+        shown_B = ~(histories.rows_BL == row).any(1) | (item_B == row)
+        assert torch.isnan(found.loss_B)[shown_B].all()
+        assert 0 < int(shown_B.sum()) < USERS
+        assert not found.rank_B[(item_B == row).numpy()].any()
