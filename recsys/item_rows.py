@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -96,21 +95,24 @@ class ItemRows:
             self._index = new
         self.item_ids.extend(item_ids)
 
-    def assign(self, rows: Sequence[int], item_ids: Sequence[str]) -> list[int]:
+    def assign(self, rows: Sequence[int] | NDArray[np.integer], item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Give rows, ascending, to items, whoever had them, "" to leave one free; return those that changed hands.
 
         Raises:
             ValueError: when new rows do not continue those there are, or an item has another row already or is named
                 twice; nothing is changed then.
         """
-        inside = bisect_left(rows, self.end)
-        if list(rows[inside:]) != list(range(self.end, self.end + len(rows) - inside)):
-            raise ValueError(f"new rows {list(rows[inside:])[:3]}... do not continue {self.end} rows")
-        changed = [place for place in range(inside) if self.item_ids[rows[place]] != item_ids[place]]
+        # Arrays: as Python's numbers the rows of a whole table take more than the ids.
+        row_R = np.asarray(rows, np.int64)
+        inside = int(np.searchsorted(row_R, self.end))
+        if not np.array_equal(row_R[inside:], np.arange(self.end, self.end + len(row_R) - inside)):
+            raise ValueError(f"new rows {row_R[inside:][:3].tolist()}... do not continue {self.end} rows")
+        held = row_R[:inside].tolist()
+        changed = [place for place, row in enumerate(held) if self.item_ids[row] != item_ids[place]]
         if changed:
-            self._pass_on([rows[place] for place in changed], [item_ids[place] for place in changed], item_ids[inside:])
+            self._pass_on([held[place] for place in changed], [item_ids[place] for place in changed], item_ids[inside:])
         self.extend(item_ids[inside:])
-        return [rows[place] for place in changed] + list(rows[inside:])
+        return np.concatenate([row_R[changed], row_R[inside:]])
 
     def _pass_on(self, rows: Sequence[int], item_ids: Sequence[str], others: Sequence[str]) -> None:
         """Give rows to other items than theirs; `others` are new too, and get rows next."""

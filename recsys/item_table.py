@@ -45,6 +45,8 @@ TRANSITION_BACK = 0.4
 # A second look at the same counts falls off faster with distance, by this further power of it: what comes next.
 NEXT_POWER = 2.0
 MINIMUM_CAPACITY = 1024
+# Of columns in main memory, in bytes.
+ALIGNMENT = 64
 VECTOR_SCALE = 0.02
 
 
@@ -219,7 +221,7 @@ class ItemTable:
         """
         return self._rows.used(number_N, without)
 
-    def assign(self, rows: Sequence[int], item_ids: Sequence[str]) -> list[int]:
+    def assign(self, rows: Sequence[int] | NDArray[np.integer], item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Give rows, ascending, to items, whoever had them, "" to leave one free; return those that changed hands.
 
         The rows' columns are left as they are. Rows that are not in use yet must continue those that are.
@@ -411,6 +413,17 @@ class ItemTable:
 
 
 def _enlarged(name: str, column: Tensor, rows: int) -> Tensor:
-    grown = torch.zeros((rows, *column.shape[1:]), dtype=column.dtype, device=column.device)
+    grown = _zeros((rows, *column.shape[1:]), column.dtype, column.device)
     grown[: len(column)] = column
     return grown
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros that take no memory before they are written to: torch's own, on a CPU, are written at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    # Aligned as torch's are: sums may depend on it.
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[first : first + size]).view(dtype).view(shape)

@@ -489,6 +489,21 @@ def test_deltas_lead_to_the_same_bits_as_a_whole_copy(
     assert len(versions[1][1].rows) < len(versions[1][2].rows)
 
 
+@pytest.mark.parametrize("from_whole", [True, False])
+def test_items_in_partitions_give_the_same_answers(
+    empty: Scorer, mirror: CatalogMirror, versions: Versions, learning_settings: Settings, from_whole: bool
+) -> None:
+    """So few items have one partition, at which everyone looks."""
+    parted = Scorer(learning_settings.model_copy(update={"retrieval": "partitioned"}), mirror, CPU)
+    for record, delta, whole in versions:
+        for each in (empty, parted):
+            if record.version == 1 or from_whole:
+                each.load(record, whole, 0)
+            else:
+                each.apply(record, delta, 0)
+        assert parted.answer(QUERIES, NOW_MS) == empty.answer(QUERIES, NOW_MS)
+
+
 def damaged(payload: WeightPayload) -> Iterator[tuple[str, WeightPayload]]:
     dense, columns = dict(payload.dense), dict(payload.columns)
     yield "a dense tensor is missing", replace(payload, dense={k: v for k, v in dense.items() if k != "mix.bias"})

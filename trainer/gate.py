@@ -87,8 +87,8 @@ class Gate:
     def _allocate(self) -> None:
         """Give the served copy the rows that the learner has, so that both read the same examples."""
         named, table = self._learner.named(), self._served.table
-        if changed := table.assign(named.rows.tolist(), named.ids):
-            table.begin(changed)
+        if len(changed := table.assign(named.rows, named.ids)):
+            table.begin(changed.tolist())
 
     def free(self, rows_R: np.ndarray) -> None:
         """Take rows from their items, as the learner has."""

@@ -5,6 +5,7 @@ Shapes as in recsys.network.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from recsys.item_table import ItemTable
 from recsys.scorer import lanes
+from recsys.scorer.partitions import Partitions
 from recsys.scorer.rough import Rough
 from recsys.scorer.standing import COLUMNS, Changed, Standing
 from recsys.weights.payload import NewItems, WeightPayload
 from recsys.weights.replica import CLOCK
+
+# Rows from which on not all are looked at, unless the settings say otherwise.
+PARTITIONED_FROM = 300_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +37,23 @@ class Items:
     rough: tuple[Rough, Rough] | None
     # Of all vectors, in double precision: kept up from version to version.
     sum_D: NDArray[np.float64]
+    # Where rows lie in `rough`, from so many rows on; None where they lie in their order.
+    partitions: Partitions | None
+    partitioned_from: float
 
     @classmethod
-    def of(cls, table: ItemTable) -> Items:
-        """Compute everything from a table."""
+    def of(cls, table: ItemTable, partitioned_from: float = math.inf) -> Items:
+        """Compute everything from a table, with partitions where it has so many rows."""
         vectors_ID = table.column("vector")
         if not looked_at_roughly(table.device):
             standing_IS = table.standing()
             means = vectors_ID[1:].mean(0), standing_IS[1:].mean(0)
-            return cls(vectors_ID, standing_IS, *means, None, np.zeros(0))
+            return cls(vectors_ID, standing_IS, *means, None, np.zeros(0), None, math.inf)
         standing = Standing.of(_arrays(table), table.rows, table.clock)
-        rough = Rough.of(vectors_ID.numpy(), centred=False, capacity=_with_room(table.rows))
-        return _items(table, vectors_ID.sum(0, dtype=torch.float64).numpy(), standing, rough)
+        partitions, vectors = _packed(vectors_ID.numpy(), standing.rows_IS, table.rows, partitioned_from)
+        sum_D = vectors_ID.sum(0, dtype=torch.float64).numpy()
+        rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
+        return _items(table, sum_D, standing, vectors, rough_standing, partitions, partitioned_from)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,10 @@ class Ahead:
     standing: Standing
     rough_standing: Rough
     vectors: Rough
+    # With them, the partition that each changed row moves to.
+    partitions: Partitions | None
+    to_R: NDArray[np.int32]
+    partitioned_from: float
 
     @classmethod
     def of(cls, items: Items, table: ItemTable, payload: WeightPayload) -> Ahead | None:
@@ -74,17 +88,30 @@ class Ahead:
         before_ID = table.column("vector").numpy()
         known_R = changed_R[changed_R < table.rows]
         moved_D = columns["vector"].sum(0, dtype=np.float64) - before_ID[known_R].sum(0, dtype=np.float64)
-        vectors = items.rough[0]
-        if not vectors.fits(rows):
-            vectors = Rough.of(before_ID, centred=False, capacity=_with_room(rows))
-        rough_standing = Rough.of(standing.rows_IS, centred=True)
-        return cls(changed_R, items.sum_D + moved_D, standing, rough_standing, vectors)
+        vectors, partitions, to_R = items.rough[0], items.partitions, np.empty(0, np.int32)
+        parted = rows >= items.partitioned_from
+        if not vectors.fits(rows) or (not partitions or not partitions.fit(rows, len(changed_R)) if parted else False):
+            partitions, vectors = _packed(before_ID, standing.rows_IS[: table.rows], rows, items.partitioned_from)
+        if partitions:
+            if not partitions.fit(rows, len(changed_R)):
+                return None
+            partitions, to_R = partitions.after(before_ID, changed_R, columns["vector"], standing.rows_IS)
+        rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
+        sum_D = items.sum_D + moved_D
+        return cls(changed_R, sum_D, standing, rough_standing, vectors, partitions, to_R, items.partitioned_from)
 
     def land(self, table: ItemTable) -> Items:
         """Return the items of the version, now that it is in place."""
-        vectors_ID = table.column("vector")
-        self.vectors.write(vectors_ID.numpy(), self.changed_R)
-        return _items(table, self.sum_D, self.standing, self.vectors, self.rough_standing)
+        places = None
+        if self.partitions:
+            places = self.partitions.places
+            places.move(self.changed_R, self.to_R, self.vectors.blocks_GP, self.rough_standing.blocks_GP)
+            self.rough_standing.write(self.standing.rows_IS, self.changed_R, places)
+        self.vectors.write(table.column("vector").numpy(), self.changed_R, places)
+        return _items(
+            *(table, self.sum_D, self.standing, self.vectors, self.rough_standing),
+            *(self.partitions, self.partitioned_from),
+        )
 
 
 def looked_at_roughly(device: torch.device) -> bool:
@@ -92,22 +119,41 @@ def looked_at_roughly(device: torch.device) -> bool:
     return device.type == "cpu" and lanes.available()
 
 
+def partitioned_from(retrieval: str) -> float:
+    """Return from how many rows on a setting has them looked at in partitions."""
+    return {"auto": PARTITIONED_FROM, "exact": math.inf, "partitioned": 1}[retrieval]
+
+
+def _packed(
+    vectors_ID: NDArray[np.float32], standing_IS: NDArray[np.float32], rows: int, partitioned_from: float
+) -> tuple[Partitions | None, Rough]:
+    """Pack all vectors, with room for more than `rows`, in partitions from so many on."""
+    capacity = rows + rows // 8
+    partitions = Partitions.of(vectors_ID, standing_IS, capacity) if rows >= partitioned_from else None
+    places = partitions.places if partitions else None
+    return partitions, Rough.of(vectors_ID, centred=False, capacity=capacity, places=places)
+
+
 def _items(
-    table: ItemTable, sum_D: NDArray[np.float64], standing: Standing, vectors: Rough, rough: Rough | None = None
+    table: ItemTable,
+    sum_D: NDArray[np.float64],
+    standing: Standing,
+    vectors: Rough,
+    rough_standing: Rough,
+    partitions: Partitions | None,
+    partitioned_from: float,
 ) -> Items:
     return Items(
         table.column("vector"),
         torch.from_numpy(standing.rows_IS),
         torch.from_numpy((sum_D / max(1, table.rows - 1)).astype(np.float32)),
         torch.from_numpy(standing.mean_S),
-        (vectors, rough or Rough.of(standing.rows_IS, centred=True)),
+        (vectors, rough_standing),
         sum_D,
+        partitions,
+        partitioned_from,
     )
 
 
 def _arrays(table: ItemTable) -> dict[str, NDArray[np.generic]]:
     return {name: column.numpy() for name, column in table.columns.items()}
-
-
-def _with_room(rows: int) -> int:
-    return rows + rows // 8

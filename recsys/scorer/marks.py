@@ -1,7 +1,7 @@
 """Marks: what is known of a user's rows beyond the item table, found by row.
 
 What follows the user's latest items, summed per row, and what must not come back.
-Shapes: B users, K latest items, M successors of each, N marks, G blocks of rows.
+Shapes: B users, K latest items, M successors of each, N marks, G buckets of rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from recsys.scorer.retrieval import Own
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 Longs = NDArray[np.int64]
+# Buckets that rows are put into to bring them in order, at most; each holds ROWS or more.
+BUCKETS = 4096
 # Above any row.
 END = 2**31 - 1
 
@@ -80,15 +82,16 @@ def _mark(
     rows_BN = np.full((users, room + 1), END, np.int32)
     hidden_BN, because_BN = np.zeros((users, room + 1), np.bool_), np.zeros((users, room + 1), np.int32)
     sums_2BN = np.zeros((2, users, room + 1), np.float32)
-    # Of each block of rows one more than the number of its first mark; of each mark its row and the next one alike.
-    head_G, chain_N2 = np.zeros(successor_IM.shape[0] // ROWS + 1, np.int32), np.empty((room, 2), np.int32)
+    # Of each bucket of rows one more than the number of its first mark; of each mark its row and the next one alike.
+    size = max(ROWS, -(-successor_IM.shape[0] // BUCKETS))
+    head_G, chain_N2 = np.zeros(successor_IM.shape[0] // size + 1, np.int32), np.empty((room, 2), np.int32)
     hidden_N, because_N = np.empty(room, np.bool_), np.empty(room, np.int32)
     # Both sums, and the largest part of the first.
     sums_N3 = np.empty((room, 3), np.float32)
     for user in range(users):
         count = 0
         for place in range(ends_B[user - 1] if user else 0, ends_B[user]):
-            count = _chain(head_G, chain_N2, own_H[place], count)
+            count = _chain(head_G, size, chain_N2, own_H[place], count)
             hidden_N[count - 1], because_N[count - 1], sums_N3[count - 1] = True, 0, 0.0
         for place in range(reach):
             source = history_BK[user, place]
@@ -96,11 +99,11 @@ def _mark(
                 row, weight = successor_IM[source, slot], weight_IM[source, slot]
                 if not row or not weight:
                     continue
-                mark = head_G[row // ROWS] - 1
+                mark = head_G[row // size] - 1
                 while mark >= 0 and chain_N2[mark, 0] != row:
                     mark = chain_N2[mark, 1] - 1
                 if mark < 0:
-                    mark, count = count, _chain(head_G, chain_N2, row, count)
+                    mark, count = count, _chain(head_G, size, chain_N2, row, count)
                     hidden_N[mark], because_N[mark], sums_N3[mark] = False, 0, 0.0
                 by = weight * scale_2K[0, place]
                 sums_N3[mark, 0] += by
@@ -109,11 +112,11 @@ def _mark(
                 if by > sums_N3[mark, 2]:
                     sums_N3[mark, 2], because_N[mark] = by, source
         done = 0
-        for block in range(len(head_G)):
-            if not head_G[block]:
+        for bucket in range(len(head_G)):
+            if not head_G[bucket]:
                 continue
-            first, mark = done, head_G[block] - 1
-            head_G[block] = 0
+            first, mark = done, head_G[bucket] - 1
+            head_G[bucket] = 0
             while mark >= 0:
                 row, place = chain_N2[mark, 0], done
                 while place > first and rows_BN[user, place - 1] > row:
@@ -127,10 +130,10 @@ def _mark(
 
 
 @compiled
-def _chain(head_G: Integers, chain_N2: Integers, row: int, count: int) -> int:
-    """Add a mark to its block's chain; return how many there are."""
-    chain_N2[count, 0], chain_N2[count, 1] = row, head_G[row // ROWS]
-    head_G[row // ROWS] = count + 1
+def _chain(head_G: Integers, size: int, chain_N2: Integers, row: int, count: int) -> int:
+    """Add a mark to its bucket's chain; return how many there are."""
+    chain_N2[count, 0], chain_N2[count, 1] = row, head_G[row // size]
+    head_G[row // size] = count + 1
     return count + 1
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from recsys.compiled import compiled
 from recsys.scorer.lanes import PAIR_BYTES, ROWS
+from recsys.scorer.places import Places
 
 LARGEST = 127
 # Room for numbers to grow before all rows have to be written anew.
@@ -39,8 +40,11 @@ class Rough:
     allowed: float
 
     @classmethod
-    def of(cls, rows_ID: Floats, *, centred: bool, capacity: int = 0) -> Rough:
-        """Write all rows; `centred` where their numbers do not lie around zero."""
+    def of(cls, rows_ID: Floats, *, centred: bool, capacity: int = 0, places: Places | None = None) -> Rough:
+        """Write all rows; `centred` where their numbers do not lie around zero.
+
+        Without `places` rows lie in their order.
+        """
         low_D, high_D = _ranges(rows_ID)
         if not centred:
             high_D = np.maximum(-low_D, high_D)
@@ -48,16 +52,17 @@ class Rough:
         centre_D = (low_D + high_D) / 2
         scale_D: Floats = np.maximum((high_D - low_D) / 2, LEAST_RANGE) * np.float32(HEADROOM / LARGEST)
         count, width = rows_ID.shape
-        blocks = -(-max(count, capacity) // ROWS)
+        blocks = places.blocks if places else -(-max(count, capacity) // ROWS)
         blocks_GP = np.zeros((blocks, -(-width // 2) * PAIR_BYTES), np.int8)
         found = cls(blocks_GP, centre_D, scale_D, 0.0, 0.0, np.inf)
-        found.write(rows_ID, np.arange(count))
+        found.write(rows_ID, np.arange(count), places)
         found.allowed = WORSE * found.lost
         return found
 
-    def write(self, rows_ID: Floats, which_R: NDArray[np.int64]) -> None:
-        """Write some rows."""
-        lost, longest = _write(rows_ID, which_R, self.centre_D, self.scale_D, self.blocks_GP)
+    def write(self, rows_ID: Floats, which_R: NDArray[np.int64], places: Places | None = None) -> None:
+        """Write some rows, but those that have no place yet."""
+        at_R = places.place_I[which_R].astype(np.int64) if places else which_R
+        lost, longest = _write(rows_ID, which_R, at_R, self.centre_D, self.scale_D, self.blocks_GP)
         self.lost, self.longest = max(self.lost, lost), max(self.longest, longest)
 
     def fits(self, rows: int) -> bool:
@@ -79,14 +84,21 @@ def _ranges(rows_ID: Floats) -> tuple[Floats, Floats]:
 
 @compiled
 def _write(
-    rows_ID: Floats, which_R: NDArray[np.int64], centre_D: Floats, scale_D: Floats, blocks_GP: NDArray[np.int8]
+    rows_ID: Floats,
+    which_R: NDArray[np.int64],
+    at_R: NDArray[np.int64],
+    centre_D: Floats,
+    scale_D: Floats,
+    blocks_GP: NDArray[np.int8],
 ) -> tuple[float, float]:
-    """Write rows into their blocks; return the largest lengths of what is lost and of a row."""
+    """Write rows to their places in the blocks; return the largest lengths of what is lost and of a row."""
     most_lost = most = np.float32(0.0)
     inverse_D = np.float32(1.0) / scale_D
     for place in range(which_R.shape[0]):
         row = which_R[place]
-        block, lane = row // ROWS, row % ROWS
+        if at_R[place] < 0:
+            continue
+        block, lane = at_R[place] // ROWS, at_R[place] % ROWS
         lost = length = np.float32(0.0)
         for column in range(rows_ID.shape[1]):
             value = rows_ID[row, column]

@@ -34,15 +34,14 @@ Integers = NDArray[np.int32]
 
 @compiled
 def whole_weights(
-    weights_BV: Floats, centre_V: Floats, scale_V: Floats, width: int, lost: Any, longest: Any
+    weights_BV: Floats, centre_V: Floats, scale_V: Floats, width: int, lost: Any, longest: Any, together: int
 ) -> tuple[Integers, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Write users' weights as whole numbers, in fours; return them with what brings sums back to scores.
+    """Write users' weights as whole numbers, so many `together`; return them with what brings sums back to scores.
 
     A rough score is `constant + step x sum`, and at most `error` from the score. `lost` and `longest` are those of
     vectors and of standings.
     """
     users, columns = weights_BV.shape
-    together = 1 if users == 1 else USERS
     tiles = -(-users // together)
     first, second = (width + 1) // 2, (columns - width + 1) // 2
     words = np.zeros((tiles, first + second, together, 2), np.int16)
@@ -75,7 +74,7 @@ def whole_weights(
 
 
 @compiled
-def _limit(threshold: float, constant: float, step: float) -> int:
+def limit(threshold: float, constant: float, step: float) -> int:
     """Return the whole number that a sum must be above for its rough score to reach the threshold."""
     return int(min(max(np.floor((threshold - constant) / step) - 2.0, float(NOTHING)), float(NEVER - 1)))
 
@@ -191,7 +190,7 @@ def _sweep(
                     *(above_G, sums_GR, start, ROWS * place, user, mark_B[user], held_B[user], keep),
                     *(constant_B[user], step_B[user], error_B[user], threshold_B[user]),
                 )
-                limits_TU[tile, place] = _limit(threshold_B[user], constant_B[user], step_B[user])
+                limits_TU[tile, place] = limit(threshold_B[user], constant_B[user], step_B[user])
 
 
 @compiled

@@ -13,7 +13,7 @@ import torch
 from recsys.catalog import CatalogMirror
 from recsys.errors import NotReady
 from recsys.scorer.ids import Ids
-from recsys.scorer.items import Ahead, Items, looked_at_roughly
+from recsys.scorer.items import Ahead, Items, looked_at_roughly, partitioned_from
 from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
 from recsys.scorer.search import Search
@@ -162,7 +162,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _items_of(self, replica: Replica) -> Items:
-        return Items.of(replica.table)
+        return Items.of(replica.table, partitioned_from(self._settings.retrieval))
 
     @torch.inference_mode()
     def _install(

@@ -1,5 +1,6 @@
 """Search: Retrieval where the processor lets rows be looked at roughly first; the same answers, several times sooner.
 
+Where the items have partitions a few of the best may be missed; what is found has its own score and the same order.
 Shapes as in recsys.network; K rows found.
 """
 
@@ -13,10 +14,16 @@ from torch import Tensor
 
 from recsys.item_table import ItemTable
 from recsys.network import LIFTS
-from recsys.scorer import scan, shortlist
+from recsys.scorer import probe, scan, shortlist
 from recsys.scorer.items import Items
+from recsys.scorer.lanes import USERS
 from recsys.scorer.marks import Marks
 from recsys.scorer.retrieval import Found, Hidden, Own
+
+# A partition is looked at where its mean and so many spreads above it reach what is among the best so far.
+SPREADS = 5.0
+# Rows looked at before that, for each that is kept.
+FIRST_ROWS = 16
 
 
 class Search:
@@ -63,8 +70,9 @@ class Search:
                 states_BD.shape[1],
                 (vectors.lost, standing.lost),
                 (vectors.longest, standing.longest),
+                1 if items.partitions or len(users) == 1 else USERS,
             )
-            keys_BC = scan.best(
+            looked_at = (
                 items.vectors_ID.numpy(),
                 items.standing_IS.numpy(),
                 vectors.blocks_GP,
@@ -76,5 +84,13 @@ class Search:
                 each.mask_I.numpy(),
                 keep,
             )
+            if items.partitions is None:
+                keys_BC = scan.best(*looked_at)
+            else:
+                hopes_BL = items.partitions.hopes(alike_BV, SPREADS)
+                first_B = items.partitions.first(hopes_BL, FIRST_ROWS * keep)
+                places = items.partitions.places
+                where = places.partition_I, places.row_P, places.next_G, places.first_L
+                keys_BC = probe.best(*looked_at, hopes_BL, first_B, *where)
             scores_BK[users], rows_BK[users] = shortlist.in_order(keys_BC, keep)
         return Found(torch.from_numpy(scores_BK), torch.from_numpy(rows_BK), marks)

@@ -61,7 +61,7 @@ def _smallest(values_C: Any, count: int, place: int) -> Any:
 
 
 @compiled
-def _kth(rough_BC: NDArray[np.float64], user: int, count: int, keep: int) -> float:
+def kth(rough_BC: NDArray[np.float64], user: int, count: int, keep: int) -> float:
     """Return the rough score that `keep` of a user's rows reach."""
     return float(_smallest(rough_BC[user, :count].copy(), count, count - keep))
 
@@ -92,7 +92,7 @@ def look_closely(
 ) -> int:
     """Write the keys of those rows that may be among the best `keep`, and move them to the front; return how many."""
     needed, held = -np.inf, 0
-    middle = _kth(rough_BC, user, count, keep) if count > keep else -np.inf
+    middle = kth(rough_BC, user, count, keep) if count > keep else -np.inf
     # First those that are the best roughly: the rest needs a look only where it may be better than the last of them.
     for first in (True, False):
         least = np.inf
@@ -141,7 +141,7 @@ def make_room(
     threshold: float,
 ) -> tuple[int, float]:
     """Drop rows that are not among the best; return how many are left and what a row must reach from now on."""
-    threshold = max(threshold, _kth(rough_BC, user, held, keep) - 2.0 * error)
+    threshold = max(threshold, kth(rough_BC, user, held, keep) - 2.0 * error)
     # Of rows that lie too close together to be told apart roughly, those that are not among the best of these.
     last = np.int64(NO_KEY)
     for closely in (False, True):

@@ -29,6 +29,8 @@ ROW = DTYPES["int32"]
 _START = struct.Struct("<4sI")
 _MAGIC = b"RWP1"
 _ALIGNMENT = 8
+# Ids cut at a time.
+_ENDS = 1 << 14
 
 # Asked for the memory that columns of a whole payload are to be read to; those left out get memory of their own.
 Place = Callable[[PayloadHeader], Mapping[str, NDArray[Any]]]
@@ -292,8 +294,14 @@ def _split(text: NDArray[np.uint8], lengths: NDArray[np.int32]) -> list[str]:
         raise CorruptWeights(f"the new items' ids are not UTF-8: {error.reason}") from None
     if np.any(lengths < 0) or int(lengths.sum(dtype=np.int64)) != len(whole):
         raise CorruptWeights("the new items' ids do not have the lengths that they should have")
-    ends = np.cumsum(lengths, dtype=np.int64).tolist()
-    return [whole[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=False)]
+    ids: list[str] = []
+    start = 0
+    # Not all ends at once: as Python's numbers they take more than the ids.
+    for first in range(0, len(lengths), _ENDS):
+        for end in (start + np.cumsum(lengths[first : first + _ENDS], dtype=np.int64)).tolist():
+            ids.append(whole[start:end])
+            start = end
+    return ids
 
 
 def _padded(size: int) -> int:

@@ -130,7 +130,7 @@ class Replica:
         elif payload.kept_rows:
             self.table.truncate(payload.kept_rows)
         items = NewItems.of(payload.new_items)
-        self.table.assign(items.rows.tolist(), items.ids)
+        self.table.assign(items.rows, items.ids)
         rows = to_tensor(payload.rows, self.device).to(torch.int64)
         for name, array in payload.columns.items():
             # One after the other: a copy of all of them at once would double what a start takes.

@@ -239,7 +239,7 @@ class SharedWeights:
         if replica is None or (self._area, self._cuts) != (state.area, state.cuts) or kept:
             replica, self._given = self._replica_in(state.area), 0
         items = self._read_given(state.area, self._given, state.given, kept or state.rows)
-        replica.table.assign(items.rows.tolist(), items.ids)
+        replica.table.assign(items.rows, items.ids)
         replica.table.clock = state.clock
         record = VersionRecord.FromString(self._map(_RECORDS + self.number() % 2, state.record_bytes)[:])
         self._adopt(state.area, replica, record, state.applied_ms)

@@ -1,0 +1,254 @@
+"""Probe: the best rows for each user, by a rough look at the partitions alone that may hold some of them.
+
+Each user looks first where its hopes are highest; from then on a partition is looked at by those whose hope of it
+reaches what a row must reach to be among the best so far. Until a user has found enough that is nothing: whoever is
+shown few rows looks everywhere. Rows that the transition memory adds to are scored one by one.
+Shapes as in recsys.scorer.scan; L partitions, Q blocks looked at together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.compiled import compiled
+from recsys.scorer.lanes import ROWS, USERS, products_of_four, trailing_zeros
+from recsys.scorer.marks import END
+from recsys.scorer.scan import NEVER, NOTHING, ROOM, limit
+from recsys.scorer.shortlist import HIDDEN, NO_KEY, exact, kth, look_closely, make_room
+
+# Blocks after which what a row must reach is looked at again.
+STRETCH = 16
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int32]
+
+
+@compiled
+def _tile(words_BP: Integers, users_U: NDArray[np.int64], first: int, count: int, words_1P: Integers) -> None:
+    """Write the weights of some users, USERS or fewer, as the products want them, user after user within each pair."""
+    for pair in range(words_BP.shape[1]):
+        for place in range(count):
+            words_1P[0, pair * USERS + place] = words_BP[users_U[first + place], pair]
+
+
+@compiled
+def _marked(marks_BN: Integers, user: int, row: int) -> bool:
+    """Tell whether a row is among a user's marks."""
+    low, high = 0, marks_BN.shape[1] - 1
+    while low < high:
+        middle = (low + high) // 2
+        if marks_BN[user, middle] < row:
+            low = middle + 1
+        else:
+            high = middle
+    return bool(marks_BN[user, low] == row)
+
+
+@compiled
+def _hold(
+    vectors_ID: Floats,
+    standing_IS: Floats,
+    weights_BV: Floats,
+    marks_BN: Integers,
+    lifts_BN: Floats,
+    hidden_I: NDArray[np.bool_],
+    row_P: Integers,
+    rough_BC: NDArray[np.float64],
+    place_BC2: Integers,
+    keys_BC: NDArray[np.int64],
+    above_Q: NDArray[np.uint64],
+    sums_QR: Integers,
+    blocks_Q: Integers,
+    count: int,
+    first: int,
+    user: int,
+    held: int,
+    keep: int,
+    constant: float,
+    step: float,
+    error: float,
+    threshold: float,
+) -> tuple[int, float]:
+    """Hold the rows of these blocks that have a bit, are not hidden and not marked."""
+    room = rough_BC.shape[1]
+    for place in range(count):
+        bits = np.int64((above_Q[place] >> np.uint64(first)) & np.uint64(0xFFFF))
+        while bits:
+            lane = trailing_zeros(bits)
+            bits &= bits - 1
+            row = row_P[blocks_Q[place] * ROWS + lane]
+            rough = constant + step * sums_QR[place, first + lane]
+            if row < 0 or rough < threshold or hidden_I[row]:
+                continue
+            if _marked(marks_BN, user, row):
+                continue
+            rough_BC[user, held], place_BC2[user, held, 0], place_BC2[user, held, 1] = rough, row, -1
+            held += 1
+            if held == room:
+                held, threshold = make_room(
+                    *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
+                    *(user, held, keep, error, threshold),
+                )
+    return held, threshold
+
+
+@compiled
+def _look(
+    vectors_ID: Floats,
+    standing_IS: Floats,
+    vectors_GP: NDArray[np.int8],
+    standing_GP: NDArray[np.int8],
+    weights_BV: Floats,
+    words_BP: Integers,
+    constant_B: NDArray[np.float64],
+    step_B: NDArray[np.float64],
+    error_B: NDArray[np.float64],
+    marks_BN: Integers,
+    lifts_BN: Floats,
+    hidden_I: NDArray[np.bool_],
+    keep: int,
+    row_P: Integers,
+    next_G: Integers,
+    start: int,
+    users_U: NDArray[np.int64],
+    wanting: int,
+    held_B: NDArray[np.int64],
+    threshold_B: NDArray[np.float64],
+    rough_BC: NDArray[np.float64],
+    place_BC2: Integers,
+    keys_BC: NDArray[np.int64],
+    memory: tuple[Integers, NDArray[np.uint64], Integers, Integers, Integers],
+) -> None:
+    """Look at the chain of blocks from `start` on for the first `wanting` of some users."""
+    sums_QR, above_Q, blocks_Q, words_1P, limits_1U = memory
+    for first in range(0, wanting, USERS):
+        count = min(USERS, wanting - first)
+        _tile(words_BP, users_U, first, count, words_1P)
+        # The products take 64 bits.
+        block = np.int64(start)
+        while block >= 0:
+            limits_1U[:] = NEVER
+            for place in range(count):
+                user = users_U[first + place]
+                limits_1U[0, place] = limit(threshold_B[user], constant_B[user], step_B[user])
+            found = 0
+            while block >= 0 and found < STRETCH:
+                blocks_Q[found] = block
+                above_Q[found] = products_of_four(
+                    vectors_GP, standing_GP, block, words_1P, 0, limits_1U, sums_QR, found
+                )
+                block, found = np.int64(next_G[block]), found + 1
+            for place in range(count):
+                user = users_U[first + place]
+                held_B[user], threshold_B[user] = _hold(
+                    *(vectors_ID, standing_IS, weights_BV, marks_BN, lifts_BN, hidden_I, row_P),
+                    *(rough_BC, place_BC2, keys_BC, above_Q, sums_QR, blocks_Q, found, ROWS * place, user),
+                    *(held_B[user], keep, constant_B[user], step_B[user], error_B[user], threshold_B[user]),
+                )
+
+
+@compiled
+def _look_at_marks(
+    vectors_ID: Floats,
+    standing_IS: Floats,
+    weights_BV: Floats,
+    marks_BN: Integers,
+    lifts_BN: Floats,
+    hidden_I: NDArray[np.bool_],
+    hopes_BL: Floats,
+    partition_I: Integers,
+    rough_BC: NDArray[np.float64],
+    place_BC2: Integers,
+    keys_BC: NDArray[np.int64],
+    user: int,
+    held: int,
+    keep: int,
+    error: float,
+    threshold: float,
+) -> tuple[int, float]:
+    """Hold a user's marked rows by their scores, as far as there is hope of them."""
+    for mark in range(marks_BN.shape[1]):
+        row, lift = marks_BN[user, mark], lifts_BN[user, mark]
+        if row == END:
+            break
+        if lift <= HIDDEN or hidden_I[row] or hopes_BL[user, partition_I[row]] + lift < threshold:
+            continue
+        score = np.float64(exact(vectors_ID, standing_IS, row, weights_BV, user) + lift)
+        if score < threshold:
+            continue
+        rough_BC[user, held], place_BC2[user, held, 0], place_BC2[user, held, 1] = score, row, mark
+        held += 1
+        if held == rough_BC.shape[1]:
+            held, threshold = make_room(
+                *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
+                *(user, held, keep, error, threshold),
+            )
+    return held, threshold
+
+
+@compiled
+def best(
+    vectors_ID: Floats,
+    standing_IS: Floats,
+    vectors_GP: NDArray[np.int8],
+    standing_GP: NDArray[np.int8],
+    weights_BV: Floats,
+    words_BP: Integers,
+    constant_B: NDArray[np.float64],
+    step_B: NDArray[np.float64],
+    error_B: NDArray[np.float64],
+    marks_BN: Integers,
+    lifts_BN: Floats,
+    hidden_I: NDArray[np.bool_],
+    keep: int,
+    hopes_BL: Floats,
+    first_B: Floats,
+    partition_I: Integers,
+    row_P: Integers,
+    next_G: Integers,
+    first_L: Integers,
+) -> NDArray[np.int64]:
+    """Return what scan.best does, of the partitions that are looked at, first those with a hope of `first_B`."""
+    users, partitions = hopes_BL.shape
+    room = ROOM * keep + 2 * ROWS
+    rough_BC, place_BC2 = np.empty((users, room), np.float64), np.empty((users, room, 2), np.int32)
+    keys_BC = np.full((users, room), NO_KEY, np.int64)
+    held_B, threshold_B = np.zeros(users, np.int64), np.full(users, -np.inf)
+    users_U = np.empty(users, np.int64)
+    memory = (
+        np.empty((STRETCH, USERS * ROWS), np.int32),
+        np.empty(STRETCH, np.uint64),
+        np.empty(STRETCH, np.int32),
+        np.zeros((1, words_BP.shape[1] * USERS), np.int32),
+        np.full((1, USERS), NOTHING, np.int32),
+    )
+    for everywhere in (False, True):
+        for partition in range(partitions):
+            wanting = 0
+            for user in range(users):
+                hope = hopes_BL[user, partition]
+                if (first_B[user] > hope >= threshold_B[user]) if everywhere else (hope >= first_B[user]):
+                    users_U[wanting] = user
+                    wanting += 1
+            if wanting and first_L[partition] >= 0:
+                _look(
+                    *(vectors_ID, standing_IS, vectors_GP, standing_GP, weights_BV, words_BP),
+                    *(constant_B, step_B, error_B, marks_BN, lifts_BN, hidden_I, keep, row_P, next_G),
+                    *(first_L[partition], users_U, wanting, held_B, threshold_B, rough_BC, place_BC2, keys_BC, memory),
+                )
+        for user in range(users if not everywhere else 0):
+            held_B[user], threshold_B[user] = _look_at_marks(
+                *(vectors_ID, standing_IS, weights_BV, marks_BN, lifts_BN, hidden_I, hopes_BL, partition_I),
+                *(rough_BC, place_BC2, keys_BC, user, held_B[user], keep, error_B[user], threshold_B[user]),
+            )
+            if held_B[user] > keep:
+                reached = kth(rough_BC, user, held_B[user], keep) - 2.0 * error_B[user]
+                threshold_B[user] = max(threshold_B[user], reached)
+    for user in range(users):
+        held = look_closely(
+            *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
+            *(user, held_B[user], keep, error_B[user]),
+        )
+        keys_BC[user, held:] = NO_KEY
+    return keys_BC
