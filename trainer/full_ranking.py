@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from recsys.compiled import compiled
 from recsys.encoding import to_tensor
-from recsys.item_table import NEXT_POWER, PADDING_ROW, TRANSITION_REACH, ItemTable
+from recsys.item_table import LEAST_EXPONENT, NEXT_POWER, PADDING_ROW, TRANSITION_REACH, ItemTable
 from recsys.network import TRANSITION_FLOOR, Histories, RecommendationNetwork
 from trainer.quality import MISS, Rows
 
@@ -141,7 +141,8 @@ def _by_loop(
     )
     log_BI = scores_BI.log_softmax(1)
     loss_B = -log_BI.gather(1, item_B[:, None])[:, 0]
-    probability_BI = log_BI.exp_()
+    # What is next to nothing is not made less: underflow takes ten times as long.
+    probability_BI = log_BI.clamp_(min=LEAST_EXPONENT).exp_()
     # Adds nothing but the way back to the weights: the loss changes by each as what was expected of its part and what
     # came differ.
     network_B1 = torch.linalg.vecdot(probability_BI, products_BI)[:, None]
