@@ -130,7 +130,7 @@ class Served:
                     item_ids[why] if why else None,
                     row != PADDING_ROW,
                     dict(zip(names, probabilities, strict=True)),
-                    ScoreParts(*parts, content=parts[0] if cold else 0.0) if query.parts else None,
+                    ScoreParts(*(*parts, parts[0] if cold else 0.0)) if query.parts else None,
                 )
                 for item_id, row, source, why, parts, cold, probabilities in zip(
                     query.candidates or (), own, *each, strict=False
