@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
 from recsys.errors import CorruptWeights
-from recsys.feedback_log import BEGINNING, position_key
 from recsys.item_table import TRANSITION_REACH, ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
@@ -40,8 +39,8 @@ ADAGRAD_EPSILON = 1e-10
 SQUARED_GRADIENT = "squared_gradient"
 OWN_COLUMNS = (SQUARED_GRADIENT, *CONTENT_COLUMNS)
 STEPS = "steps"
-# The log's position up to which the catalogue's changes are known, in its two parts, and when cold items last followed.
-CONTENTS = "contents"
+# The clock at which cold items last followed their categories.
+FOLLOWED = "followed"
 # Of the replay window, the newest examples that a response to a drift draws half of its replay from.
 RECENT_REPLAY = 2048
 # Of the feedback classes' loss, beside that over items.
@@ -74,8 +73,6 @@ class Learner:
         self.table: ItemTable = self.replica.table
         self.table.columns[SQUARED_GRADIENT] = torch.zeros_like(self.table.columns["total"])
         self.contents = Contents(self.table)
-        # Position in the log up to which what the catalogue says is known.
-        self.catalogued = BEGINNING
         self.window = ReplayWindow(settings)
         self.steps = 0
         self._changed: list[Tensor] = []
@@ -238,7 +235,7 @@ class Learner:
         """
         dense: dict[str, np.ndarray] = {STEPS: np.array([self.steps], np.int64), **self.strategies.write()}
         dense |= self.drift.write()
-        dense[CONTENTS] = np.array([*position_key(self.catalogued), self.contents.followed], np.int64)
+        dense[FOLLOWED] = np.array([self.contents.followed], np.int64)
         passed_on = self.named().split(first_new)[0]
         served = self.replica.write(rows, [*passed_on, *items_of(self.table, first_new)])
         columns = {name: to_array(self.table.columns[name][rows]) for name in OWN_COLUMNS}
@@ -263,22 +260,21 @@ class Learner:
         for name in OWN_COLUMNS:
             self.table.columns[name].index_copy_(0, rows, from_array(own.columns[name], self.device))
         self.contents.look_again()
-        *position, self.contents.followed = own.dense[CONTENTS].tolist()
-        self.catalogued = "-".join(map(str, position))
+        self.contents.followed = int(own.dense[FOLLOWED][0])
         self.strategies.restore(own.dense)
         self.drift.restore(own.dense)
 
     def _check(self, own: WeightPayload) -> None:
         """Refuse a trainer's payload that does not fit; nothing is changed."""
-        if not {STEPS, CONTENTS} <= set(own.dense) or set(own.columns) != set(OWN_COLUMNS):
+        if not {STEPS, FOLLOWED} <= set(own.dense) or set(own.columns) != set(OWN_COLUMNS):
             raise CorruptWeights("the trainer's part of the weights does not fit the settings")
         fits(STEPS, own.dense[STEPS], (1,), torch.int64)
-        fits(CONTENTS, own.dense[CONTENTS], (3,), torch.int64)
+        fits(FOLLOWED, own.dense[FOLLOWED], (1,), torch.int64)
         for name in OWN_COLUMNS:
             column = self.table.columns[name]
             fits(name, own.columns[name], (len(own.rows), *column.shape[1:]), column.dtype)
         self.drift.check(own.dense)
-        others = {name: array for name, array in own.dense.items() if name not in (STEPS, CONTENTS, DRIFT)}
+        others = {name: array for name, array in own.dense.items() if name not in (STEPS, FOLLOWED, DRIFT)}
         self.strategies.check(others)
 
     def take_changed(self) -> Tensor:

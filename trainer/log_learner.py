@@ -97,8 +97,11 @@ class LogLearner:
             self._admission.learned(item_ids)
 
     def read_catalogue(self, log: FeedbackLog, head: VersionRecord) -> None:
-        """Read what the log says of items before `head` and its weights do not know: where feedback was set aside."""
-        position = self.learner.catalogued
+        """Read what the log says of items in the part that `head` set aside: only feedback is to be left out."""
+        position = head.position
+        for part in reversed(head.set_aside if head.kind == ROLLBACK else ()):
+            if part.until == position:
+                position = part.after
         while position_key(position) < position_key(head.position):
             entries = log.read_after(position, FILL_COUNT)
             before = [entry for entry in entries if position_key(entry.position) <= position_key(head.position)]
@@ -186,7 +189,6 @@ class LogLearner:
         if objection is None:
             if self._gate is not None:
                 self._movement = self._gate.movement(self.learner.changed())
-            self.learner.catalogued = self._position
             return Outcome.COMPLETE
         self.objections.append(objection)
         self.batches, self._catalogued = 0, False
