@@ -27,7 +27,7 @@ from recsys.weights import WeightPayload
 from recsys.weights.payload import NewItems
 from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
-from trainer.drift import DRIFT, Drift
+from trainer.drift import DRIFT, MISLED, TRANSITIONS, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
 from trainer.hindsight import Hindsight
 from trainer.prequential import MASKED, Prequential, StepReport
@@ -118,6 +118,8 @@ class Learner:
             self._count(examples, followed)
             self.remember(examples, self.table.clock)
             report.drifted = self.drift.observe(examples, report, len(self.table))
+            if TRANSITIONS in report.drifted:
+                self._changed.append(self.table.fade_transitions(self.settings.drift_fading))
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.losses = {
             "total": float(loss.detach()),
@@ -226,7 +228,7 @@ class Learner:
         fits(STEPS, own.dense[STEPS], (1,), torch.int64)
         fits(SQUARED_GRADIENT, own.columns[SQUARED_GRADIENT], (len(own.rows),), torch.float32)
         self.drift.check(own.dense)
-        self.strategies.check({name: array for name, array in own.dense.items() if name not in (STEPS, DRIFT)})
+        self.strategies.check({name: array for name, array in own.dense.items() if name not in (STEPS, DRIFT, MISLED)})
 
     def take_changed(self) -> Tensor:
         """Return the rows changed since the last call, ascending, and start anew."""

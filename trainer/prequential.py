@@ -46,6 +46,9 @@ class StepReport:
     class_loss_B: npt.NDArray[np.float64]
     # Of each feedback class, as (B, C).
     class_probability_BC: npt.NDArray[np.float32]
+    # What leads there from the latest items, and to all items together; NaN where no item was ranked.
+    led_B: npt.NDArray[np.float64]
+    led_anywhere_B: npt.NDArray[np.float64]
     learned: bool = True
     # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
     losses: dict[str, float] = field(default_factory=dict)
@@ -57,7 +60,7 @@ class StepReport:
     def untested(cls, count: int) -> StepReport:
         """Say nothing of `count` examples."""
         ranks_B, losses_B = np.full(count, NO_EVENT), np.full(count, np.nan)
-        return cls(ranks_B, ranks_B, losses_B, losses_B, np.empty((count, 0), np.float32))
+        return cls(ranks_B, ranks_B, losses_B, losses_B, np.empty((count, 0), np.float32), losses_B, losses_B)
 
 
 class Prequential:
@@ -90,6 +93,8 @@ class Prequential:
             item_loss_B=np.full(count, np.nan),
             class_loss_B=class_loss_B,
             class_probability_BC=class_probability_BC,
+            led_B=np.full(count, np.nan),
+            led_anywhere_B=np.full(count, np.nan),
         )
         positive = self._positive[examples.class_B]
         report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
@@ -136,7 +141,8 @@ class Prequential:
     ) -> Tensor:
         table, network = self._table, self._network
         with torch.no_grad():
-            lifts_BI = network.lifts(table.transitions(histories.latest_first(TRANSITION_REACH)), table.rows)
+            transitions = table.transitions(histories.latest_first(TRANSITION_REACH))
+            lifts_BI = network.lifts(transitions, table.rows)
         weights_BP = network.mixing_weights(histories)
         scores_BI = network.scores(weights_BP, states_BD, table.column("vector"), standing_IS, lifts_BI)
         # What the user has already is not recommended again: choosing it again cannot be hit, though it can be learned.
@@ -149,6 +155,8 @@ class Prequential:
         popularity_BI = table.column("total").masked_fill(hidden_BI, MASKED)
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.item_loss_B[part] = loss_B.detach().cpu().numpy()
+        report.led_B[part] = transitions.towards(item_B).cpu().numpy()
+        report.led_anywhere_B[part] = transitions.weight_BN.sum(1).cpu().numpy()
         report.rank_B[part] = ranks(scores_BI.detach(), item_B).masked_fill(repeated_B, MISS).cpu().numpy()
         report.popularity_rank_B[part] = ranks(popularity_BI, item_B).masked_fill(repeated_B, MISS).cpu().numpy()
         return (1 - torch.exp(-ROBUSTNESS * loss_B)) / ROBUSTNESS
