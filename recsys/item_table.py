@@ -67,6 +67,10 @@ class Transitions:
         """Sum both weights per row and put them on a log scale, log(1 + sum / floor): (B, rows) each."""
         return self._lift(self.weight_BN, rows, floor), self._lift(self.next_BN, rows, floor)
 
+    def towards(self, item_B: Tensor) -> Tensor:
+        """Sum, over the whole reach, what leads to one item for each user: (B)."""
+        return (self.weight_BN * (self.rows_BN == item_B[:, None])).sum(1)
+
     def _lift(self, weight_BN: Tensor, rows: int, floor: float) -> Tensor:
         lift_BI = torch.zeros(self.rows_BN.shape[0], rows, device=weight_BN.device)
         lift_BI.scatter_add_(1, self.rows_BN, weight_BN)
@@ -305,6 +309,12 @@ class ItemTable:
         next_BKM = weight_BKM / (distance_K**NEXT_POWER)[:, None]
         rows_BN = self.columns["successor"][history_BK].to(torch.int64).view(batch, -1)
         return Transitions(history_BK, rows_BN, weight_BKM.view(batch, -1), next_BKM.view(batch, -1))
+
+    def fade_transitions(self, by: float) -> Tensor:
+        """Multiply all that followed items by a factor; return the rows that changed, ascending."""
+        weights_IM = self.column("successor_weight")
+        weights_IM *= by
+        return weights_IM.any(1).nonzero()[:, 0]
 
     def count(self, history_BK: Tensor, item_B: Tensor, positive_B: Tensor, class_B: Tensor) -> Tensor:
         """Count a batch of feedback, each with its history latest first; return the touched rows, ascending.

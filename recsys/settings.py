@@ -47,7 +47,7 @@ LEARNING_SETTINGS = {
     *("trainable", "lora_rank", "optimizer", "average_decay", "anchor_steps", "l2sp_weight", "ewc_weight"),
     *("adapter_width", "prompt_length", "delayed_feedback"),
     *("distillation_weight", "follow_loss", "squared_error_weight", "bayesian_head"),
-    "drift_boost",
+    *("drift_fading", "drift_boost"),
     *("gate", "gate_events", "gate_confidence", "gate_margin", "gate_past_margin", "gate_growth", "gate_holds"),
 }
 
@@ -256,6 +256,12 @@ class Settings(BaseModel):
     )
     follow_loss: bool = Field(
         False, description="lower the learning rates on a plateau of the prequential loss, raise them on a drift"
+    )
+    drift_fading: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="times what followed items, each time that the newest choices show that this misleads; 1: never",
     )
     drift_boost: float = Field(
         1.0,

@@ -16,7 +16,19 @@ from recsys.feedback import Feedback
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.weights import VersionRecord, WeightStore
-from trainer.drift import DETECTED, DRIFT, LEVELS, MEASURES, MIXES, Drift, adwin, mix, page_hinkley, response
+from trainer.drift import (
+    DETECTED,
+    DRIFT,
+    LEVELS,
+    MEASURES,
+    MIXES,
+    TRANSITIONS,
+    Drift,
+    adwin,
+    mix,
+    page_hinkley,
+    response,
+)
 from trainer.drift.adwin import Adwin
 from trainer.drift.drift import levels, mixes
 from trainer.drift.level import BLOCK, Level
@@ -219,9 +231,8 @@ def test_what_is_taken_from_a_batch(settings: Settings) -> None:
 
 def test_every_stream_has_its_measures_and_memory_of_its_own(settings: Settings) -> None:
     drift = Drift(settings)
-    assert set(drift.scores()) == {f"drift_{s}_{m}" for s in (*MIXES, *LEVELS) for m in MEASURES[s]}
-    (memory,) = drift.write().values()
-    assert not memory.any()
+    assert set(drift.scores()) == {f"drift_{s}_{m}" for s in (*MIXES, *LEVELS, TRANSITIONS) for m in MEASURES[s]}
+    assert not any(memory.any() for memory in drift.write().values())
     for name in LEVELS:
         drift._levels[name].add(np.ones(3))
     assert drift.write()[DRIFT].sum() == 2 * 3 * len(LEVELS)

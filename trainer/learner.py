@@ -28,7 +28,7 @@ from recsys.weights.payload import NewItems
 from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
 from trainer.contents import CONTENT_COLUMNS, Contents
-from trainer.drift import DRIFT, Drift
+from trainer.drift import DRIFT, MISLED, TRANSITIONS, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
 from trainer.full_ranking import MASKED
 from trainer.hindsight import Hindsight
@@ -125,6 +125,8 @@ class Learner:
             self._count(examples, followed)
             self.remember(examples, self.table.clock)
             report.drifted = self.drift.observe(examples, report, len(self.table))
+            if TRANSITIONS in report.drifted:
+                self._changed.append(self.table.fade_transitions(self.settings.drift_fading))
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.losses = {
             "total": float(loss.detach()),
@@ -274,8 +276,8 @@ class Learner:
             column = self.table.columns[name]
             fits(name, own.columns[name], (len(own.rows), *column.shape[1:]), column.dtype)
         self.drift.check(own.dense)
-        others = {name: array for name, array in own.dense.items() if name not in (STEPS, FOLLOWED, DRIFT)}
-        self.strategies.check(others)
+        known = (STEPS, FOLLOWED, DRIFT, MISLED)
+        self.strategies.check({name: array for name, array in own.dense.items() if name not in known})
 
     def take_changed(self) -> Tensor:
         """Return the rows changed since the last call, ascending, and start anew."""

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 import recsys
 from recsys.stages import FRESHNESS_BUCKETS, FRESHNESS_HELP, FRESHNESS_METRIC, TRAINER_STAGES, TrainerStage
-from trainer.drift import LEVELS, MEASURES, MIXES, detected_key, score_key
+from trainer.drift import LEVELS, MEASURES, MIXES, TRANSITIONS, detected_key, score_key
 
 OTHER = "other"
 SKIPS = ("malformed", "unknown_class", "non_finite", "not_admitted")
@@ -168,7 +168,8 @@ class TrainerMetrics:
         self._drift_score = Gauge(
             "recsys_drift_score",
             "How far a monitored stream is from what was usual, by measure: psi and js (bits) of the last whole block, "
-            "adwin and page_hinkley as shares of what a detection takes; and how far a version moved from the last.",
+            "adwin and page_hinkley as shares of what a detection takes; how far a version moved from the last; "
+            "fading_gain, by how many nats less of what followed items would foresee choices better.",
             ["stream", "measure"],
             registry=registry,
         )
@@ -290,7 +291,7 @@ class TrainerMetrics:
         for stream, measures in MEASURES.items():
             for measure in measures:
                 self._drift_score.labels(stream, measure)
-        for stream in (*MIXES, *LEVELS):
+        for stream in (*MIXES, *LEVELS, TRANSITIONS):
             self._drifts.labels(stream)
         for gauge in self._probabilities.values():
             # What orders all feedback cannot be summed up over it.

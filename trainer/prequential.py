@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
-from recsys.item_table import ItemTable
+from recsys.item_table import TRANSITION_REACH, ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
 from trainer import full_ranking
@@ -45,6 +45,9 @@ class StepReport:
     class_loss_B: npt.NDArray[np.float64]
     # Of each feedback class, as (B, C).
     class_probability_BC: npt.NDArray[np.float32]
+    # What leads there from the latest items, and to all items together; NaN where no item was ranked.
+    led_B: npt.NDArray[np.float64]
+    led_anywhere_B: npt.NDArray[np.float64]
     # What counting said of user and item, side by side: None where nothing was tested.
     rates_BR: Tensor | None = None
     learned: bool = True
@@ -58,7 +61,7 @@ class StepReport:
     def untested(cls, count: int) -> StepReport:
         """Say nothing of `count` examples."""
         ranks_B, losses_B = np.full(count, NO_EVENT), np.full(count, np.nan)
-        return cls(ranks_B, ranks_B, losses_B, losses_B, np.empty((count, 0), np.float32))
+        return cls(ranks_B, ranks_B, losses_B, losses_B, np.empty((count, 0), np.float32), losses_B, losses_B)
 
 
 class Prequential:
@@ -90,6 +93,8 @@ class Prequential:
             item_loss_B=np.full(count, np.nan),
             class_loss_B=class_loss_B,
             class_probability_BC=class_probability_BC,
+            led_B=np.full(count, np.nan),
+            led_anywhere_B=np.full(count, np.nan),
             rates_BR=rates_BR,
         )
         positive = self._positive[examples.class_B]
@@ -110,6 +115,9 @@ class Prequential:
             report.rank_B[part], report.popularity_rank_B[part] = found.rank_B, found.popularity_rank_B
             # Synchronises with the GPU: what was found leaves for the metrics.
             report.item_loss_B[part] = found.loss_B.detach().cpu().numpy()
+            transitions = self._table.transitions(histories.take(index).latest_first(TRANSITION_REACH))
+            report.led_B[part] = transitions.towards(item_B).cpu().numpy()
+            report.led_anywhere_B[part] = transitions.weight_BN.sum(1).cpu().numpy()
             loss_B = (1 - torch.exp(-ROBUSTNESS * found.loss_B)) / ROBUSTNESS
             mean = loss_B.sum() / len(chosen)
             if mean.requires_grad:

@@ -1,6 +1,7 @@
 """Drift: has the stream changed, and how? What the trainer finds while it tests feedback is watched by detectors.
 
-The learner knows this door alone. Nothing here changes what is learned unless the setting `drift_boost` says so.
+The learner knows this door alone. By it what followed items fades once that misleads (setting `drift_fading`), and
+rates rise while accuracy is down, if the setting `drift_boost` says so.
 """
 
 from trainer.drift.drift import Drift
@@ -10,8 +11,10 @@ from trainer.drift.names import (
     ITEM_VECTORS,
     LEVELS,
     MEASURES,
+    MISLED,
     MIXES,
     NETWORK,
+    TRANSITIONS,
     detected_key,
     score_key,
 )
@@ -22,8 +25,10 @@ __all__ = [
     "ITEM_VECTORS",
     "LEVELS",
     "MEASURES",
+    "MISLED",
     "MIXES",
     "NETWORK",
+    "TRANSITIONS",
     "Drift",
     "detected_key",
     "score_key",

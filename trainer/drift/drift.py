@@ -1,7 +1,7 @@
 """Drift: the monitored streams, fed from what the test of each batch found anyway; a pure function of the log.
 
 Mixes are distributions, watched by PSI and Jensen-Shannon; levels are means where higher is worse, watched by ADWIN and
-Page-Hinkley. What all detectors remember is one array, which is part of the trainer's payload.
+Page-Hinkley. What they remember is part of the trainer's payload.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from recsys.errors import CorruptWeights
 from recsys.network import GAP_BUCKETS
 from recsys.settings import Settings
 from trainer.drift.level import Level
+from trainer.drift.misled import Misled
 from trainer.drift.mix import Mix
-from trainer.drift.names import DRIFT, LEVELS, MIXES, score_key
+from trainer.drift.names import DRIFT, LEVELS, MISLED, MIXES, TRANSITIONS, score_key
 from trainer.drift.response import Response
 from trainer.examples import Examples
 from trainer.prequential import StepReport
@@ -48,6 +49,8 @@ class Drift:
         levels = parts[len(MIXES) : -1]
         self._levels = {name: Level(part) for name, part in zip(LEVELS, levels, strict=True)}
         self._response = Response(parts[-1])
+        self._misled = Misled(settings.drift_fading, np.zeros(Misled.SIZE))
+        self._remembered = {DRIFT: self._memory, MISLED: self._misled.memory}
 
     @property
     def responding(self) -> bool:
@@ -55,12 +58,17 @@ class Drift:
         return self._response.on
 
     def observe(self, examples: Examples, report: StepReport, items: int) -> frozenset[str]:
-        """Take a batch as it was tested among `items`; return the streams that were found to have drifted."""
+        """Take a batch as it was tested among `items`; return the streams that were found to have drifted.
+
+        TRANSITIONS is among them where what followed items should fade.
+        """
         numbers = levels(examples, report, items)
         found = {
             name for name, values in mixes(examples, numbers["item_loss"]).items() if self._mixes[name].add(values)
         }
         found |= {name for name, values in numbers.items() if self._levels[name].add(values)}
+        if self._misled.observe(report.led_B, report.led_anywhere_B, items):
+            found.add(TRANSITIONS)
         loss = numbers["item_loss"]
         self._response.observe(float(loss.mean()) if len(loss) else np.nan, len(examples), bool(found & ACCURACY))
         return frozenset(found)
@@ -70,12 +78,12 @@ class Drift:
 
         PSI and Jensen-Shannon as they are, the others as shares of what a detection takes.
         """
-        watched: dict[str, Mix | Level] = {**self._mixes, **self._levels}
+        watched: dict[str, Mix | Level | Misled] = {**self._mixes, **self._levels, TRANSITIONS: self._misled}
         return {score_key(name, measure): v for name, one in watched.items() for measure, v in one.scores().items()}
 
     def write(self) -> dict[str, Floats]:
         """Copy all that is remembered, by name."""
-        return {DRIFT: self._memory.copy()}
+        return {name: memory.copy() for name, memory in self._remembered.items()}
 
     def check(self, dense: Mapping[str, NDArray[np.generic]]) -> None:
         """Refuse what does not fit; what an earlier release wrote has nothing of it.
@@ -83,14 +91,15 @@ class Drift:
         Raises:
             CorruptWeights: nothing was changed.
         """
-        if DRIFT in dense:
-            found = dense[DRIFT]
-            if found.shape != self._memory.shape or found.dtype != self._memory.dtype or not np.isfinite(found).all():
-                raise CorruptWeights(f"{DRIFT} does not fit: {found.dtype.name}{found.shape}")
+        for name, memory in self._remembered.items():
+            found = dense.get(name, memory)
+            if found.shape != memory.shape or found.dtype != memory.dtype or not np.isfinite(found).all():
+                raise CorruptWeights(f"{name} does not fit: {found.dtype.name}{found.shape}")
 
     def restore(self, dense: Mapping[str, NDArray[np.generic]]) -> None:
         """Set everything to what `check` has let pass, or begin anew where there is nothing."""
-        self._memory[:] = dense.get(DRIFT, 0)
+        for name, memory in self._remembered.items():
+            memory[:] = dense.get(name, 0)
 
 
 def mixes(examples: Examples, losses: Floats) -> dict[str, Integers]:

@@ -2,16 +2,21 @@
 
 # What the detectors' memory is called in the trainer's payload.
 DRIFT = "drift"
+# And what is remembered to tell whether what followed items misleads.
+MISLED = "drift_misled"
 # Distributions, and means of which higher is worse.
 MIXES = ("item_mix", "class_mix", "context_mix", "history_length", "time_gap", "score")
 LEVELS = ("item_loss", "class_loss", "miss_at_10", "unknown_items", "new_users")
 # By stream what is measured of it; a version's movement from the one before is shown beside, nothing is detected in it.
 ITEM_VECTORS, NETWORK = "item_vectors", "network"
+# What followed items: how much better less of it would foresee.
+TRANSITIONS = "transitions"
 MEASURES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(MIXES, ("psi", "js")),
     **dict.fromkeys(LEVELS, ("adwin", "page_hinkley")),
     ITEM_VECTORS: ("cosine_distance",),
     NETWORK: ("norm_change",),
+    TRANSITIONS: ("fading_gain",),
 }
 # In a version's metrics: 1 where something was detected in the feedback that the version added, else 0.
 DETECTED = "drift_detected"
