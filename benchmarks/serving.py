@@ -10,7 +10,8 @@ interpreter that has nvidia-pytriton. `--retrieval` compares retrieval alone wit
 Requests a second are those of a closed loop with many calls in flight; times are those of an open loop at 70% of that
 rate, from the moment a call was due; `alone_p50_seconds` is one call at a time. The measurements are taken in turn,
 several rounds, and medians are given. Servers, store, publisher and client are processes of their own; with two cores
-or more the measured server has the last one to itself. `--plot` draws times against load.
+or more the measured server has the last one to itself. `--plot` draws times against load. `--ripple` measures ours
+alone: without new versions, with one and with ten a second, in turn; and Score of 500 candidates, one call at a time.
 Prints one JSON object.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -27,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ from recsys.v1 import recommender_pb2, recommender_pb2_grpc
 from recsys.weights import WeightStore, encode
 from recsys.weights.replica import Replica
 
-PATH = "/recsys.v1.RecommenderService/Recommend"
+PATH, SCORE_PATH = "/recsys.v1.RecommenderService/Recommend", "/recsys.v1.RecommenderService/Score"
 USERS = 500
 HISTORY = (30, 50)
 COUNT = 10
@@ -65,6 +67,10 @@ IN_FLIGHT = 64
 THREADS = 8
 PUBLISH_SECONDS = 1.0
 ROWS_PER_VERSION = 1000
+# Versions a second that are compared with none, the rate of requests, and how many candidates are scored.
+VERSIONS = (0, 1, 10)
+RIPPLE_LOAD = 0.5
+CANDIDATES = 500
 
 
 def settings_for(store_url: str) -> Settings:
@@ -72,8 +78,11 @@ def settings_for(store_url: str) -> Settings:
     return load({"redis_url": store_url, "replay_capacity": USERS * HISTORY[1]}, environment={})
 
 
-def publish(store_url: str, items: int) -> None:
-    """Write the first version and the histories, say so, and then commit a version every second until told to end."""
+def publish(store_url: str, items: int, pause: float) -> None:
+    """Write the first version and the histories, say so, and then commit a version every `pause` seconds until ended.
+
+    A line on standard input is another pause.
+    """
     settings = settings_for(store_url)
     draw = np.random.default_rng(2)
     learner = made_up_learner(settings, items)
@@ -88,7 +97,8 @@ def publish(store_url: str, items: int) -> None:
             log.append([Feedback(f"user-{user}", f"item-{item}", "click") for item in chosen])
         print("ready", flush=True)
         for version in range(1, sys.maxsize):
-            time.sleep(PUBLISH_SECONDS)
+            while select.select([sys.stdin], [], [], pause)[0] and (line := sys.stdin.readline()):
+                pause = float(line)
             served, own = changed(learner, min(ROWS_PER_VERSION, items // 2), version)
             store.commit(epoch, version, encode(served), encode(own), made_up_lineage(settings, version + 1))
 
@@ -155,11 +165,13 @@ def part(
     environment: dict[str, str] | None = None,
     cores: set[int] | None = None,
     interpreter: str = sys.executable,
+    stdin: int | None = None,
 ) -> Iterator[int]:
     """Run a part as a process of its own; yield its id, with `wait` once it has said that it is ready."""
     process = subprocess.Popen(
         [interpreter, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        stdin=stdin,
         stdout=subprocess.PIPE if wait else subprocess.DEVNULL,
         preexec_fn=partial(os.sched_setaffinity, 0, cores) if cores else None,
     )
@@ -310,7 +322,7 @@ def whole(items: int, seconds: float, rounds: int, plot: str | None, triton: str
         os.sched_setaffinity(0, cores[:-1])
     with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store, ExitStack() as stack:
         publisher = (str(Path(__file__).resolve()), "--publish", store.url, "--items", str(items))
-        stack.enter_context(part(*publisher, wait=True))
+        stack.enter_context(part(*publisher, wait=True, stdin=subprocess.PIPE))
         servers = start(stack, store.url, directory, triton, server_cores)
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
         for _ in range(rounds):
@@ -330,6 +342,48 @@ def whole(items: int, seconds: float, rounds: int, plot: str | None, triton: str
         "results": results,
         "times_straightforward": round(rates["recsys"] / rates["straightforward"], 2),
         "share_of_noop": round(rates["recsys"] / rates["noop"], 3),
+    }
+
+
+def ripple(items: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Measure what new versions do to the times of ours, and Score."""
+    cores = sorted(os.sched_getaffinity(0))
+    server_cores = {cores[-1]} if len(cores) > 1 else None
+    if server_cores:
+        os.sched_setaffinity(0, cores[:-1])
+    told, tell = os.pipe()
+    with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store, ExitStack() as stack:
+        publisher = (str(Path(__file__).resolve()), "--publish", store.url, "--items", str(items))
+        stack.enter_context(part(*publisher, wait=True, stdin=told))
+        server = start(stack, store.url, directory, None, server_cores)["recsys"]
+        draw = np.random.default_rng(3)
+        wanted = [
+            recommender_pb2.ScoreRequest(
+                user_id=f"user-{user}",
+                item_ids=[f"item-{item}" for item in draw.choice(items, CANDIDATES, replace=False) + 1],
+            ).SerializeToString()
+            for user in range(USERS)
+        ]
+        scoring = replace(server, path=SCORE_PATH, requests=wanted)
+        closed = server.ask(seconds, in_flight=IN_FLIGHT)["requests_per_second"]
+        found: dict[int, list[dict[str, Any]]] = {versions: [] for versions in VERSIONS}
+        scored = []
+        for _ in range(rounds):
+            for versions in VERSIONS:
+                os.write(tell, f"{1 / versions if versions else START_SECONDS * 100}\n".encode())
+                time.sleep(PUBLISH_SECONDS)
+                found[versions].append(server.ask(seconds, rate=RIPPLE_LOAD * closed))
+            scored.append(scoring.ask(seconds, in_flight=1))
+    quantiles = ("p50_seconds", "p99_seconds")
+    return {
+        "items": items,
+        "rate": RIPPLE_LOAD * closed,
+        "versions_per_second": {
+            versions: median_of([{name: each[name] for name in quantiles} for each in rounds_])
+            for versions, rounds_ in found.items()
+        },
+        f"score_{CANDIDATES}": median_of([{name: each[name] for name in quantiles} for each in scored]),
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 
@@ -359,13 +413,14 @@ def main() -> None:
     parser.add_argument("--plot", help="a PNG to write")
     parser.add_argument("--triton", help="an interpreter that has nvidia-pytriton")
     parser.add_argument("--retrieval", action="store_true", help="compare retrieval alone")
+    parser.add_argument("--ripple", action="store_true", help="what new versions do to times, and Score; ours alone")
     parser.add_argument("--json", action="store_true", help="print one line")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     for role in ("--publish", "--straightforward", "--noop"):
         parser.add_argument(role, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     roles: dict[str, Callable[[], None]] = {
-        "publish": lambda: publish(arguments.publish, arguments.items),
+        "publish": lambda: publish(arguments.publish, arguments.items, PUBLISH_SECONDS),
         "straightforward": lambda: serve_straightforward(arguments.straightforward, arguments.port),
         "noop": lambda: serve_noop(bytes.fromhex(arguments.noop), arguments.port),
     }
@@ -375,6 +430,8 @@ def main() -> None:
             return
     if arguments.retrieval:
         found = retrieval.compare(settings_for("redis://unused"), arguments.items, arguments.rounds)
+    elif arguments.ripple:
+        found = ripple(arguments.items, arguments.seconds, arguments.rounds)
     else:
         found = whole(arguments.items, arguments.seconds, arguments.rounds, arguments.plot, arguments.triton)
     print(json.dumps(found, indent=None if arguments.json else 2))

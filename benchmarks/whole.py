@@ -263,6 +263,8 @@ class Whole:
 
     def _ask(self, scorer: Scorer, counted: Count) -> None:
         """Ask the scorer of this process; batches are those that `expected` comes from, and must be equal to it."""
+        # Else a thread's first product takes as many threads as there are cores, and its last bits may be others.
+        torch.set_num_threads(1)
         while not self._over.is_set():
             if not scorer.version:
                 time.sleep(PAUSE_SECONDS)

@@ -45,7 +45,6 @@ class Encoder:
             *(_array(layer.bias) for layer in layers),
             *(_array(each) for norm in norms for each in (norm.weight, norm.bias)),
         )
-        self._mix = _array(network.mix.weight), _array(network.mix.bias)
 
     def __call__(self, vectors_ID: Tensor, histories: Histories) -> tuple[Tensor, Tensor]:
         """Return the states (B, D) and the weights of the score's parts (B, P)."""
@@ -54,15 +53,18 @@ class Encoder:
             states_BD = self._network.states(vectors_ID, rows_BL, histories)
             return states_BD, self._network.mixing_weights(histories)
         places = (rows_BL.numpy(), histories.classes_BL.numpy(), histories.gaps_BL.numpy())
-        states_BD, contexts_BF = _states(
-            vectors_ID.numpy(), *places, *self._tables, *self._maps, *self._biases, self._heads, self._eps
+        # In torch's memory: by the alignment of others the last bits of products would differ from batch to batch.
+        states_BD, contexts_BF = torch.empty(len(rows_BL), vectors_ID.shape[1]), torch.empty(len(rows_BL), 4)
+        _states(
+            *(vectors_ID.numpy(), *places, *self._tables, *self._maps, *self._biases, self._heads, self._eps),
+            *(states_BD.numpy(), contexts_BF.numpy()),
         )
-        weights_BP = contexts_BF @ self._mix[0].T + self._mix[1]
+        weights_BP: Tensor = self._network.mix(contexts_BF)
         # Without a history the network and the transition memory have nothing to say.
         empty_B = contexts_BF[:, 2] > 0
         weights_BP[empty_B, 0] = 0
         weights_BP[empty_B, -LIFTS:] = 0
-        return torch.from_numpy(states_BD), torch.from_numpy(weights_BP)
+        return states_BD, weights_BP
 
 
 def _array(tensor: Tensor) -> Floats:
@@ -149,11 +151,12 @@ def _states(
     feed_shift_D: Floats,
     heads: int,
     eps: float,
-) -> tuple[Floats, Floats]:
-    """Return the states, and what the mixing weights depend on: 1, log length, whether it is 0, log of the last gap."""
+    states_BD: Floats,
+    contexts_BF: Floats,
+) -> None:
+    """Write the states, and what the mixing weights depend on: 1, log length, whether it is 0, log of the last gap."""
     users, length = rows_BL.shape
     dimension = vectors_ID.shape[1]
-    states_BD, contexts_BF = np.empty((users, dimension), np.float32), np.empty((users, 4), np.float32)
     first = len(position_LD) - length
     x_LD, mixed_HD = np.empty((length, dimension), np.float32), np.empty((heads, dimension), np.float32)
     q_D, v_D, o_D = (np.empty(dimension, np.float32), np.empty(dimension, np.float32), np.empty(dimension, np.float32))
@@ -205,4 +208,3 @@ def _states(
         contexts_BF[user, 1] = np.log1p(np.float32(filled)) / np.float32(4.0)
         contexts_BF[user, 2] = 0.0 if filled else 1.0
         contexts_BF[user, 3] = np.float32(gaps_BL[user, length - 1]) / np.float32(GAP_BUCKETS) if filled else 0.0
-    return states_BD, contexts_BF

@@ -71,8 +71,12 @@ class Ranking:
     def _feed(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the first layer gets of each row (B, K, E), and what counting alone says of it (B, K, C)."""
         if self._on_host:
-            fed = _feed(rows_BK.contiguous().numpy(), *(each.numpy() for each in self._items), *self._counting)
-            return torch.from_numpy(fed[0]), torch.from_numpy(fed[1])
+            # In torch's memory: by the alignment of others the last bits of products would differ from batch to batch.
+            fed_BKE = torch.empty(*rows_BK.shape, self._product_DH.shape[0] + len(self._rest_EH))
+            known_BKC = torch.empty(*rows_BK.shape, self._known_EC.shape[1])
+            items = (each.numpy() for each in self._items)
+            _feed(rows_BK.contiguous().numpy(), *items, *self._counting, fed_BKE.numpy(), known_BKC.numpy())
+            return fed_BKE, known_BKC
         vectors_BKD, standing_BKS, counts_BKC = (each[rows_BK] for each in self._items)
         item_BKE = self._rates.item(counts_BKC)
         return torch.cat([vectors_BKD, standing_BKS, item_BKE], 2), item_BKE @ self._known_EC
@@ -88,13 +92,13 @@ def _feed(
     worth_C: Floats,
     variance: float,
     known_EC: Floats,
-) -> tuple[Floats, Floats]:
+    fed_BKE: Floats,
+    known_BKC: Floats,
+) -> None:
     """Gather what is known of rows, with Rates.item of their counts: one pass over memory that lies anywhere."""
     users, kept = rows_BK.shape
     width, standings, classes = vectors_ID.shape[1], standing_IS.shape[1], len(among_C)
     end = width + standings
-    fed_BKE = np.empty((users, kept, end + classes + 2), np.float32)
-    known_BKC = np.empty((users, kept, classes), np.float32)
     for user in range(users):
         for place in range(kept):
             row = rows_BK[user, place]
@@ -117,4 +121,3 @@ def _feed(
                 for column in range(classes + 2):
                     sum_ += fed_BKE[user, place, end + column] * known_EC[column, each]
                 known_BKC[user, place, each] = sum_
-    return fed_BKE, known_BKC

@@ -43,11 +43,15 @@ class UserRates:
         if not self._on_host:
             network = self._network
             return network.context_vectors(buckets_BP), network.user_rates(histories, self._table, buckets_BP)
-        rates_BU, context_BC = _count(
+        # In torch's memory: by the alignment of others the last bits of products would differ from batch to batch.
+        context_BC = torch.zeros(len(histories), self._context_XC.shape[1])
+        rates_BU = torch.zeros(len(histories), self._network.rates.user_width)
+        _count(
             *(histories.rows_BL.numpy(), histories.classes_BL.numpy(), buckets_BP.numpy()),
             *(*self._counted, self._variance, self._histories_tell, self._context_XC),
+            *(rates_BU.numpy(), context_BC.numpy()),
         )
-        return torch.from_numpy(context_BC), torch.from_numpy(rates_BU)
+        return context_BC, rates_BU
 
 
 @compiled
@@ -73,11 +77,12 @@ def _count(
     variance: float,
     histories_tell: bool,
     context_XC: Floats,
-) -> tuple[Floats, Floats]:
+    rates_BU: Floats,
+    context_BC: Floats,
+) -> None:
+    """Count into `rates_BU` and `context_BC`, which hold zeros."""
     users, length = rows_BL.shape
     classes = len(among_C)
-    rates_BU = np.zeros((users, 3 * classes + 2), np.float32)
-    context_BC = np.zeros((users, context_XC.shape[1]), np.float32)
     observed_C, expected_C = np.empty(classes, np.float32), np.empty(classes, np.float32)
     prior = np.float32(PRIOR)
     for user in range(users):
@@ -124,4 +129,3 @@ def _count(
             if pairs:
                 pairs_C[each] /= pairs
         own_U[3 * classes + 1] = math.log1p(np.float32(entries)) / np.float32(4.0)
-    return rates_BU, context_BC

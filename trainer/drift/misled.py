@@ -46,6 +46,8 @@ class Misled:
         Returns whether less of it would have been better than all, and was not before.
         """
         known_B = anywhere_B > 0
+        if not known_B.any():
+            return False
         led_N, anywhere_N = led_B[known_B], anywhere_B[known_B]
         gain_N = _loss(1.0, led_N, anywhere_N, items) - _loss(self._fading, led_N, anywhere_N, items)
         self._sums += np.array([len(gain_N), gain_N.sum(), gain_N @ gain_N])
