@@ -97,8 +97,8 @@ def publish(store_url: str, items: int, pause: float) -> None:
             log.append([Feedback(f"user-{user}", f"item-{item}", "click") for item in chosen])
         print("ready", flush=True)
         for version in range(1, sys.maxsize):
-            while select.select([sys.stdin], [], [], pause)[0] and (line := sys.stdin.readline()):
-                pause = float(line)
+            while select.select([sys.stdin], [], [], pause)[0]:
+                pause = float(sys.stdin.readline())
             served, own = changed(learner, min(ROWS_PER_VERSION, items // 2), version)
             store.commit(epoch, version, encode(served), encode(own), made_up_lineage(settings, version + 1))
 
