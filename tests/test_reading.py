@@ -75,6 +75,20 @@ def test_damage_is_survived_and_others_are_whole(each_of: list[list[HistoryEntry
     assert found.rows_BL.max() <= len(ITEMS)
 
 
+@pytest.mark.parametrize("length", [2**63 - 1, 2**63 - 20, 2**64 - 1, 2**31, 200])
+def test_a_length_beyond_the_end_reaches_nothing(length: int) -> None:
+    def varint(number: int) -> bytes:
+        digits = [number >> shift & 0x7F for shift in range(0, max(7, number.bit_length()), 7)]
+        return bytes([digit | 0x80 for digit in digits[:-1]] + digits[-1:])
+
+    whole = stored([HistoryEntry(item_id="ccc", feedback_class="view", time_ms=NOW_MS)])
+    # Of the entry, and of the item's id inside an entry.
+    inside = b"\x0a" + varint(length) + b"abc"
+    for bad in (b"\x7a" + varint(length) + b"abc", b"\x7a" + varint(len(inside)) + inside):
+        found = read([whole + bad, whole], Ids(["", *ITEMS]), Ids(["", *CLASSES]), NOW_MS, LENGTH)
+        assert found.rows_BL[:, -1].tolist() == [3, 3]
+
+
 def test_damage_is_told(caplog: pytest.LogCaptureFixture) -> None:
     whole = stored([HistoryEntry(item_id="ccc", feedback_class="view", time_ms=NOW_MS)])
     with caplog.at_level(logging.ERROR):

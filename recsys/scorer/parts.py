@@ -98,7 +98,7 @@ def in_final_order(
 
 
 @compiled
-def _apart(
+def apart(
     weights_BP: Floats,
     states_BD: Floats,
     vectors_BKD: Floats,
@@ -107,7 +107,8 @@ def _apart(
     because_BK: Longs,
     mean_vector_D: Floats,
     mean_standing_S: Floats,
-) -> tuple[Floats, Floats, Floats, Longs, Longs]:
+) -> Parts:
+    """Take the scores of pairs apart; what an average item has is no reason for any."""
     users, kept, width = vectors_BKD.shape
     standings = standing_BKS.shape[2]
     network_BK, standing_BK = np.empty((users, kept), np.float32), np.empty((users, kept), np.float32)
@@ -140,19 +141,4 @@ def _apart(
                 sources_BK[user, place] = _TRENDING
             if sources_BK[user, place] == _TRANSITION:
                 why_BK[user, place] = because_BK[user, place]
-    return network_BK, standing_BK, transitions_BK, sources_BK, why_BK
-
-
-def apart(
-    weights_BP: Floats,
-    states_BD: Floats,
-    vectors_BKD: Floats,
-    standing_BKS: Floats,
-    lifts_BK2: Floats,
-    because_BK: Longs,
-    mean_vector_D: Floats,
-    mean_standing_S: Floats,
-) -> Parts:
-    """Take the scores of pairs apart; what an average item has is no reason for any."""
-    pairs = (weights_BP, states_BD, vectors_BKD, standing_BKS, lifts_BK2, because_BK)
-    return Parts(*_apart(*pairs, mean_vector_D, mean_standing_S))
+    return Parts(network_BK, standing_BK, transitions_BK, sources_BK, why_BK)

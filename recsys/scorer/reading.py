@@ -80,7 +80,8 @@ def _field(data_N: Bytes, at: Any, end: int) -> tuple[Any, Any, Any, Any, Any]:
         value, at = _varint(data_N, at, end)
     elif kind == _LENGTH:
         value, start = _varint(data_N, at, end)
-        at = start + value if start != _DAMAGED and value >= 0 else np.int64(_DAMAGED)
+        # Compared before it is added: a length of nearly 64 bits would pass the end unseen.
+        at = start + value if start != _DAMAGED and 0 <= value <= end - start else np.int64(_DAMAGED)
     elif kind == _FIXED64:
         at += 8
     elif kind == _FIXED32:

@@ -182,11 +182,12 @@ class Served:
 
     def _apart(self, users: _Users, rows_BK: Tensor, known: Known) -> Parts:
         lifts_BK2, because_BK = known.at(rows_BK)
-        return apart(
+        parts: Parts = apart(
             *(_host(users.weights_BP), _host(users.states_BD)),
             *(_host(self._vectors_ID[rows_BK]), _host(self._standing_IS[rows_BK])),
             *(_host(lifts_BK2), _host(because_BK), *self._means),
         )
+        return parts
 
     def _own(self, queries: Sequence[Query], seen: Own) -> Own:
         """Return the rows that must not come back to each user."""
