@@ -19,6 +19,7 @@ import recsys
 from recsys import traces
 from recsys.collector import settle
 from recsys.device import choose
+from recsys.encoding import RowHistory
 from recsys.errors import AddressInUse, OtherVersionCameFirst, StoreFull, StoreUnavailable
 from recsys.feedback_log import FeedbackLog, LogEntry, position_key
 from recsys.logs import Summary, tell
@@ -28,6 +29,7 @@ from recsys.store.connection import connect
 from recsys.store.inspection import memory
 from recsys.weights import VersionRecord, WeightStore
 from recsys.weights.earlier import ROLLBACK
+from trainer.examples import Event, encode
 from trainer.learner import Learner
 from trainer.log_learner import LogLearner, Outcome
 from trainer.metrics import TrainerMetrics
@@ -292,6 +294,7 @@ def run(settings: Settings) -> None:
     try:
         record = _started(daemon)
         if record is not None:
+            warm_up(settings, device)
             settle()
             where = f"{settings.host}:{server.server_port}"
             tell(_log, logging.INFO, "started", software=recsys.__version__, device=name, version=record.version)
@@ -304,6 +307,22 @@ def run(settings: Settings) -> None:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def warm_up(settings: Settings, device: torch.device) -> None:
+    """Let a learner that is thrown away learn made-up feedback, so that none waits while loops are compiled.
+
+    After an installation that takes most of a minute, else next to nothing. The first version stands before that, so
+    that servers compile their own loops meanwhile.
+    """
+    learner = Learner(settings, device)
+    items = ["one", "two", "three"]
+    learner.allocate(items)
+    rows = learner.table.look_up(items)
+    history = RowHistory(rows[:2], (0, 0), (0, 1))
+    classes = range(len(settings.classes))
+    for _ in range(2):
+        learner.step(encode([Event(row, each, 2, history, {}) for row in rows for each in classes], settings))
 
 
 def _started(daemon: Daemon) -> VersionRecord | None:
