@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
 import grpc
+import numpy as np
 import redis
 from prometheus_client import CollectorRegistry
 
 from recsys.catalog import Catalog, CatalogMirror
 from recsys.metrics import ServerMetrics
-from recsys.scorer import Answer, Query, ScoredItem
+from recsys.scorer import Answer, Query, ScoredItem, ScoreParts, Scores
 from recsys.server import Parts, Server
 from recsys.settings import Settings
 from recsys.store.connection import connect
@@ -63,14 +64,13 @@ class PlainScorer:
             raise self.failure
         return [Answer(self.version, self._items(query)) for query in queries]
 
-    def _items(self, query: Query) -> list[ScoredItem]:
+    def _items(self, query: Query) -> Sequence[ScoredItem]:
         if query.candidates is not None:
-            return [
-                ScoredItem(
-                    item_id, float(-rank), 1, known=item_id in ITEMS, class_probabilities={"click": 0.25, "like": 0.75}
-                )
-                for rank, item_id in enumerate(query.candidates)
-            ]
+            count = len(query.candidates)
+            parts_KP = np.zeros((count, len(fields(ScoreParts))))
+            parts_KP[:, 0] = -np.arange(count)
+            known_K = np.array([item_id in ITEMS for item_id in query.candidates])
+            return Scores(query.candidates, known_K, ["click", "like"], np.tile([0.25, 0.75], (count, 1)), parts_KP)
         assert isinstance(query.history, bytes)
         history = History.FromString(query.history).history
         seen = set() if query.allow_seen else {entry.item_id for entry in history}

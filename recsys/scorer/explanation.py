@@ -37,10 +37,7 @@ def explain(
     """
     recent = range(max(0, len(history) - length), len(history))
     shortened = [[*history[:place], *history[place + 1 :]] for place in recent]
-    queries = [
-        Query(history=each, candidates=[item_id], context=context, parts=place == 0)
-        for place, each in enumerate([history, *shortened])
-    ]
+    queries = [Query(history=each, candidates=[item_id], context=context) for each in [history, *shortened]]
     whole, *without = scorer.answer(queries)
     (item,) = whole.items
     differences = [item.score - answer.items[0].score for answer in without]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from recsys.catalog import CategoryFilter
 from recsys.store.v1.log_pb2 import HistoryEntry
@@ -25,8 +28,6 @@ class Query:
     filter: CategoryFilter | None = None
     context: Mapping[str, str] = field(default_factory=dict)
     candidates: Sequence[str] | None = None
-    # Whether to tell what the candidates' scores are made of.
-    parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +44,63 @@ class ScoreParts:
 
 
 class ScoredItem(NamedTuple):
-    """One item of an answer; `source` is a value of recsys.v1.Source."""
+    """One item of an answer."""
 
     item_id: str
     score: float
-    source: int
+    # A value of recsys.v1.Source; of candidates it is not told.
+    source: int = 0
     # The history item that this item often follows, where source is SOURCE_TRANSITION.
     because: str | None = None
     known: bool = True
-    # By class name; filled for candidates only.
+    # By class name, and what the score is made of: for candidates only.
     class_probabilities: Mapping[str, float] = NONE
-    # Filled for candidates whose query asks for it.
     parts: ScoreParts | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Scores(Sequence[ScoredItem]):
+    """Hold what is said of K candidates in columns, and an object of each only where one is asked for."""
+
+    item_ids: Sequence[str]
+    known_K: NDArray[np.bool_]
+    classes: Sequence[str]
+    probabilities_KC: NDArray[np.float64]
+    # By the fields of ScoreParts.
+    parts_KP: NDArray[np.float64]
+
+    @property
+    def scores_K(self) -> NDArray[np.float64]:
+        """Return the sums of the parts."""
+        sums_K: NDArray[np.float64] = self.parts_KP[:, :-1].sum(1)
+        return sums_K
+
+    def __len__(self) -> int:
+        """Count the candidates."""
+        return len(self.item_ids)
+
+    @overload
+    def __getitem__(self, place: int) -> ScoredItem: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ScoredItem]: ...
+
+    def __getitem__(self, place: int | slice) -> ScoredItem | Sequence[ScoredItem]:
+        """Return one candidate, or several."""
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        return ScoredItem(
+            self.item_ids[place],
+            float(self.scores_K[place]),
+            known=bool(self.known_K[place]),
+            class_probabilities=dict(zip(self.classes, self.probabilities_KC[place].tolist(), strict=True)),
+            parts=ScoreParts(*self.parts_KP[place].tolist()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """Items best first (candidates: in the order asked), all computed from one `version`."""
+    """Items best first, or the Scores of candidates in the order asked; all computed from one `version`."""
 
     version: int
     items: Sequence[ScoredItem]

@@ -22,7 +22,7 @@ from recsys.scorer.encoder import Encoder
 from recsys.scorer.ids import Ids
 from recsys.scorer.items import Items
 from recsys.scorer.parts import Floats, Longs, Parts, apart, contested, in_final_order, log_worth
-from recsys.scorer.query import Query, ScoredItem, ScoreParts
+from recsys.scorer.query import Query, ScoredItem, Scores
 from recsys.scorer.ranking import Ranking
 from recsys.scorer.reading import read
 from recsys.scorer.retrieval import HIDDEN, Found, Hidden, Known, Own, Retrieval
@@ -114,36 +114,26 @@ class Served:
             for query, *each in zip(queries, *columns, strict=True)
         ]
 
-    def score(self, queries: Sequence[Query], now_ms: int) -> list[list[ScoredItem]]:
+    def score(self, queries: Sequence[Query], now_ms: int) -> list[Scores]:
         """Return the scores of each query's candidates, in its order."""
         users = self._users(queries, now_ms)
-        rows = [self._table.look_up(query.candidates or ()) for query in queries]
-        most = max(map(len, rows))
-        rows_BK = torch.tensor([[*each, *[PADDING_ROW] * (most - len(each))] for each in rows], device=self._device)
-        found = self._apart(users, rows_BK, self._retrieval.look_up(users.latest_BK))
-        worth_BK, logits_BKC = self._judge(users, rows_BK)
+        candidates = [query.candidates or () for query in queries]
+        rows_BK = np.full((len(queries), max(map(len, candidates))), PADDING_ROW, np.int64)
+        for rows_K, each in zip(rows_BK, candidates, strict=True):
+            rows_K[: len(each)] = self._table.look_up(each)
+        on_device_BK = torch.from_numpy(rows_BK).to(self._device)
+        found = self._apart(users, on_device_BK, self._retrieval.look_up(users.latest_BK))
+        worth_BK, logits_BKC = self._judge(users, on_device_BK)
+        probabilities_BKC = logits_BKC.double().softmax(2).numpy()
         # Without feedback on an item its vector is what its categories gave.
-        cold_BK = _host(self._table.column("classes")[rows_BK].sum(2) == 0)
-        content_BK = found.network_BK * cold_BK
-        parts_BK5 = np.stack([found.network_BK, found.standing_BK, found.transitions_BK, worth_BK, content_BK], 2)
-        columns = [array.tolist() for array in (found.sources_BK, found.because_BK, parts_BK5, logits_BKC.softmax(2))]
-        names, item_ids = [c.name for c in self._settings.classes], self._table.item_ids
+        cold_BK = _host(self._table.column("classes")[on_device_BK].sum(2) == 0)
+        parts = (found.network_BK, found.standing_BK, found.transitions_BK, worth_BK, found.network_BK * cold_BK)
+        parts_BKP = np.stack(parts, 2).astype(np.float64)
+        names = [each.name for each in self._settings.classes]
+        columns = (candidates, rows_BK != PADDING_ROW, probabilities_BKC, parts_BKP)
         return [
-            [
-                ScoredItem(
-                    item_id,
-                    sum(parts[:-1]),
-                    source,
-                    item_ids[why] if why else None,
-                    row != PADDING_ROW,
-                    dict(zip(names, probabilities, strict=True)),
-                    ScoreParts(*parts) if query.parts else None,
-                )
-                for item_id, row, source, why, parts, probabilities in zip(
-                    query.candidates or (), own, *each, strict=False
-                )
-            ]
-            for query, own, *each in zip(queries, rows, *columns, strict=True)
+            Scores(item_ids, known_K[: len(item_ids)], names, shares_KC[: len(item_ids)], parts_KP[: len(item_ids)])
+            for item_ids, known_K, shares_KC, parts_KP in zip(*columns, strict=True)
         ]
 
     def _users(self, queries: Sequence[Query], now_ms: int) -> _Users:

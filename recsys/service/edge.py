@@ -44,10 +44,13 @@ Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Promise a response: `make` turns what `future` ends with into it, in the thread that ends the future."""
+    """Promise a response: `make` turns what `future` ends with into it, in the thread that ends the future.
+
+    A message, or the bytes of one.
+    """
 
     future: Future[Any]
-    make: Callable[[Any], Message]
+    make: Callable[[Any], Message | bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +165,8 @@ class Call:
         except Exception as error:
             self._refuse(error)
 
-    def _answer(self, response: Message) -> None:
-        answer = response.SerializeToString()
+    def _answer(self, response: Message | bytes) -> None:
+        answer = response if isinstance(response, bytes) else response.SerializeToString()
         limit = self._edge.max_answer_bytes
         if len(answer) > limit:
             given = f"asks for an answer of {len(answer)} bytes; at most {limit} fit a message"

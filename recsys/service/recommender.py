@@ -19,9 +19,10 @@ from recsys.histories import Histories
 from recsys.logs import Summary, tell
 from recsys.metrics import ServerMetrics
 from recsys.recommendation_id import issue, parse
-from recsys.scorer import Answer, Explanation, Query, ScoredItem, Scorer, explain
+from recsys.scorer import Answer, Explanation, Query, ScoredItem, Scorer, Scores, explain
 from recsys.service import validation
 from recsys.service.edge import Pending
+from recsys.service.responses import score_response, scored_item
 from recsys.service.store_calls import StoreCalls
 from recsys.settings import Settings
 from recsys.v1 import recommender_pb2
@@ -169,13 +170,7 @@ class Recommender:
         self._admit(deadline)
         validation.score_request(request, self._settings)
         query = Query(history=(), candidates=list(request.item_ids), context=dict(request.context))
-        return Pending(self._score(Question(request.user_id, query), deadline), self._scored)
-
-    def _scored(self, answer: Answer) -> recommender_pb2.ScoreResponse:
-        return recommender_pb2.ScoreResponse(
-            items=[_scored_item(item) for item in answer.items],
-            version=answer.version,
-        )
+        return Pending(self._score(Question(request.user_id, query), deadline), _scored)
 
     def Explain(self, request: recommender_pb2.ExplainRequest, deadline: float) -> Pending:
         """Tell what one item's score is made of; without the store there is no answer rather than a wrong one."""
@@ -265,15 +260,14 @@ def _reason(item: ScoredItem, mirror: CatalogMirror) -> str:
     return "chosen by many at present"
 
 
-def _scored_item(item: ScoredItem) -> recommender_pb2.ScoredItem:
-    return recommender_pb2.ScoredItem(
-        item_id=item.item_id, score=item.score, known=item.known, class_probabilities=item.class_probabilities
-    )
+def _scored(answer: Answer) -> bytes:
+    assert isinstance(answer.items, Scores)
+    return score_response(answer.items, answer.version)
 
 
 def _explained(explanation: Explanation) -> recommender_pb2.ExplainResponse:
     item = explanation.item
-    response = recommender_pb2.ExplainResponse(item=_scored_item(item), version=explanation.version)
+    response = recommender_pb2.ExplainResponse(item=scored_item(item), version=explanation.version)
     if item.parts is not None:
         response.parts.MergeFrom(recommender_pb2.ScoreParts(**asdict(item.parts)))
     for entry, influence in explanation.influences:
