@@ -21,6 +21,16 @@ redis.call('DEL', KEYS[1])
 return entries
 """
 
+# KEYS: histories. Returns each as one string, which is a serialized History: an object for each of its entries would cost
+# the reader more than the entries cost the store.
+READ = """
+local found = {}
+for place, key in ipairs(KEYS) do
+  found[place] = table.concat(redis.call('LRANGE', key, 0, -1))
+end
+return found
+"""
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,23 +56,24 @@ class Histories:
         self._settings = settings
         self._durability = Durability(client, settings)
         self._forget = client.register_script(FORGET)
+        self._read = client.register_script(READ)
 
     def read(self, user_ids: Sequence[str]) -> list[list[HistoryEntry]]:
         """Read everything kept of each user, oldest first, in one round trip; unknown users have nothing."""
-        return [_parsed(entries) for entries in self._fetch(user_ids)]
-
-    def read_serialized(self, user_ids: Sequence[str]) -> list[bytes]:
-        """Read as `read` does, but each as it is stored: a serialized History, nothing of it looked at."""
-        return [b"".join(entries) for entries in self._fetch(user_ids)]
-
-    def _fetch(self, user_ids: Sequence[str]) -> list[list[bytes]]:
         if not user_ids:
             return []
         with store_errors():
             pipeline = self._client.pipeline(transaction=False)
             for user_id in user_ids:
                 pipeline.lrange(history_key(self._settings, user_id), 0, -1)
-            found: list[list[bytes]] = pipeline.execute()
+            return [_parsed(entries) for entries in pipeline.execute()]
+
+    def read_serialized(self, user_ids: Sequence[str]) -> list[bytes]:
+        """Read as `read` does, but each as it is stored: a serialized History, nothing of it looked at."""
+        if not user_ids:
+            return []
+        with store_errors():
+            found: list[bytes] = self._read([history_key(self._settings, user_id) for user_id in user_ids])
         return found
 
     def forget(self, user_id: str) -> int:
