@@ -157,7 +157,7 @@ class Scorer:
         with torch.inference_mode():
             ahead = Ahead.of(self._items, replica.table, payload)
         with self._lock:
-            replica.apply(payload)
+            replica.put(payload)
             self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica), payload)
 
     @torch.inference_mode()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,8 +35,12 @@ class Replica:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.device = device
         self.network: RecommendationNetwork = build_network(settings).to(device)
+        # The tensors of network.state_dict() themselves, which other memory may be put under.
+        learned = self.network.state_dict().keys()
+        tensors = chain(self.network.named_parameters(), self.network.named_buffers())
+        self._dense = {name: tensor for name, tensor in tensors if name in learned}
         # A version from before the settings added them lacks them: they begin with it, the same for one seed.
-        self._added = {name: tensor.clone() for name, tensor in additions(self.network.state_dict()).items()}
+        self._added = {name: tensor.detach().clone() for name, tensor in additions(self._dense).items()}
         self.table = ItemTable(settings.dimension, settings.successors, device, settings.seed, len(settings.classes))
         # What a user is like is told by the history or, where it leaves classes out, by whom its items drew as well.
         self.table.audiences = not all(c.history for c in settings.classes)
@@ -43,7 +49,7 @@ class Replica:
 
     def write(self, rows: Tensor, new_items: Sequence[tuple[str, int]]) -> WeightPayload:
         """Write all dense tensors and the given rows (ascending) with the items that got one."""
-        dense = {name: to_array(tensor) for name, tensor in self.network.state_dict().items()}
+        dense = {name: to_array(tensor) for name, tensor in self._dense.items()}
         dense[CLOCK] = np.array([self.table.clock], np.int64)
         columns = {name: to_array(self.table.columns[name][rows]) for name in SERVED_COLUMNS}
         return WeightPayload(dense, rows.cpu().numpy().astype(np.int32), columns, NewItems.of(new_items))
@@ -81,7 +87,7 @@ class Replica:
         Raises:
             CorruptWeights: naming the first part that does not fit.
         """
-        expected = self.network.state_dict()
+        expected = self._dense
         wrong = set(payload.dense) ^ {*expected, CLOCK}
         if wrong - (set(self._added) - set(payload.dense)):
             raise CorruptWeights(f"dense tensors {sorted(wrong)} do not fit")
@@ -124,6 +130,11 @@ class Replica:
             CorruptWeights: when the payload does not fit; nothing was changed then.
         """
         self.check(payload)
+        self.put(payload)
+
+    @torch.no_grad()
+    def put(self, payload: WeightPayload) -> None:
+        """Move to the version that a payload leads to which was checked, and nothing moved since."""
         placed, self._placed = self._placed, {}
         if payload.whole and not placed:
             self.table.clear()
@@ -136,10 +147,10 @@ class Replica:
             # One after the other: a copy of all of them at once would double what a start takes.
             if placed.get(name) is not array:
                 self.table.write(rows, {name: to_tensor(array, self.device)}, ())
-        dense = dict(payload.dense)
-        self.table.clock = int(dense.pop(CLOCK)[0])
-        given = {name: to_tensor(array, self.device) for name, array in dense.items()}
-        self.network.load_state_dict(self._added | given)
+        self.table.clock = int(payload.dense[CLOCK][0])
+        for name, tensor in self._dense.items():
+            given = payload.dense.get(name)
+            tensor.copy_(self._added[name] if given is None else to_tensor(given, self.device))
 
 
 def items_of(table: ItemTable, first: int = 1) -> NewItems:
@@ -160,5 +171,11 @@ def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
 
 def fits(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise CorruptWeights unless an array has this shape and type."""
-    if array.shape != shape or f"torch.{array.dtype.name}" != str(dtype):
+    if array.shape != shape or _torch_name(array.dtype) != str(dtype):
         raise CorruptWeights(f"{name} is {array.dtype.name}{array.shape}, not {str(dtype)[6:]}{shape}")
+
+
+@cache
+def _torch_name(dtype: np.dtype[Any]) -> str:
+    """Name a type as torch does: numpy takes long to tell a type's name."""
+    return f"torch.{dtype.name}"

@@ -208,7 +208,7 @@ class SharedWeights:
         replica.table.reserve(state.rows)
         for name in SERVED_COLUMNS:
             replica.table.columns[name][kept : state.rows] = 0
-        replica.apply(payload)
+        replica.put(payload)
         given = self._give(state.area, NewItems.of(payload.new_items), state.given)
         self._commit(state.area, state.cuts + (kept < state.rows), given, replica, record, applied_ms)
         self._adopt(state.area, replica, record, applied_ms)
