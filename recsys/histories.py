@@ -21,8 +21,8 @@ redis.call('DEL', KEYS[1])
 return entries
 """
 
-# KEYS: histories. Returns each as one string, which is a serialized History: an object for each of its entries would cost
-# the reader more than the entries cost the store.
+# KEYS: histories. Returns each as one string, which is a serialized History: an object for each of its entries would
+# cost the reader more than the entries cost the store.
 READ = """
 local found = {}
 for place, key in ipairs(KEYS) do

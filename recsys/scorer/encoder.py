@@ -40,6 +40,7 @@ class Encoder:
         )
         layers = (block.query, block.value, block.output, block.expand, block.contract)
         self._maps = (_array(block.key.weight), *(_array(layer.weight) for layer in layers))
+        self._mix = _array(network.mix.weight), _array(network.mix.bias)
         norms = cast("tuple[nn.LayerNorm, ...]", (block.attention_norm, block.feed_norm))
         self._biases = (
             *(_array(layer.bias) for layer in layers),
@@ -54,16 +55,12 @@ class Encoder:
             return states_BD, self._network.mixing_weights(histories)
         places = (rows_BL.numpy(), histories.classes_BL.numpy(), histories.gaps_BL.numpy())
         # In torch's memory: by the alignment of others the last bits of products would differ from batch to batch.
-        states_BD, contexts_BF = torch.empty(len(rows_BL), vectors_ID.shape[1]), torch.empty(len(rows_BL), 4)
+        states_BD = torch.empty(len(rows_BL), vectors_ID.shape[1])
+        weights_BP = torch.empty(len(rows_BL), len(self._mix[1]))
         _states(
             *(vectors_ID.numpy(), *places, *self._tables, *self._maps, *self._biases, self._heads, self._eps),
-            *(states_BD.numpy(), contexts_BF.numpy()),
+            *(*self._mix, states_BD.numpy(), weights_BP.numpy()),
         )
-        weights_BP: Tensor = self._network.mix(contexts_BF)
-        # Without a history the network and the transition memory have nothing to say.
-        empty_B = contexts_BF[:, 2] > 0
-        weights_BP[empty_B, 0] = 0
-        weights_BP[empty_B, -LIFTS:] = 0
         return states_BD, weights_BP
 
 
@@ -151,16 +148,19 @@ def _states(
     feed_shift_D: Floats,
     heads: int,
     eps: float,
+    mix_PF: Floats,
+    mix_P: Floats,
     states_BD: Floats,
-    contexts_BF: Floats,
+    weights_BP: Floats,
 ) -> None:
-    """Write the states, and what the mixing weights depend on: 1, log length, whether it is 0, log of the last gap."""
+    """Write the states and the mixing weights."""
     users, length = rows_BL.shape
     dimension = vectors_ID.shape[1]
     first = len(position_LD) - length
     x_LD, mixed_HD = np.empty((length, dimension), np.float32), np.empty((heads, dimension), np.float32)
     q_D, v_D, o_D = (np.empty(dimension, np.float32), np.empty(dimension, np.float32), np.empty(dimension, np.float32))
     wide_E, last_D = np.empty(len(expand_E), np.float32), np.empty(dimension, np.float32)
+    context_F = np.empty(mix_PF.shape[1], np.float32)
     width = dimension // heads
     for user in range(users):
         filled = 0
@@ -204,7 +204,12 @@ def _states(
             v_D[column] += o_D[column]
         _normalise(v_D, feed_scale_D, feed_shift_D, eps)
         states_BD[user] = v_D
-        contexts_BF[user, 0] = 1.0
-        contexts_BF[user, 1] = np.log1p(np.float32(filled)) / np.float32(4.0)
-        contexts_BF[user, 2] = 0.0 if filled else 1.0
-        contexts_BF[user, 3] = np.float32(gaps_BL[user, length - 1]) / np.float32(GAP_BUCKETS) if filled else 0.0
+        # What the mixing weights depend on.
+        context_F[0], context_F[1] = 1.0, np.log1p(np.float32(filled)) / np.float32(4.0)
+        context_F[2] = 0.0 if filled else 1.0
+        context_F[3] = np.float32(gaps_BL[user, length - 1]) / np.float32(GAP_BUCKETS) if filled else 0.0
+        _apply(mix_PF, mix_P, context_F, weights_BP[user])
+        if not filled:
+            # Without a history the network and the transition memory have nothing to say.
+            weights_BP[user, 0] = 0.0
+            weights_BP[user, len(mix_P) - LIFTS :] = 0.0

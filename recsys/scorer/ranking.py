@@ -2,8 +2,10 @@
 
 The head's first layer is linear in state, item, state x item, context and rates. Of what it makes of the state and the
 item, the item's part is a matrix of the user's own, so that half of the products are left, and nothing is repeated for
-every candidate. The numbers are those of RecommendationNetwork.class_logits.
-Shapes as in recsys.network; K candidates, H the first layer's width, E what is fed to it of each candidate.
+every candidate. The numbers are those of RecommendationNetwork.class_logits. On the CPU it is one loop over users and
+candidates: the products of a small batch are less work than to call for them one by one.
+Shapes as in recsys.network; K candidates, H and G the first two layers' widths, E what is fed to the first of each
+candidate, U what it gets of the user.
 """
 
 from __future__ import annotations
@@ -48,16 +50,29 @@ class Ranking:
         self._on_host = table.device.type == "cpu"
         if self._on_host:
             among_C, variance = self._rates.among()
-            self._counting = (
-                *(each.numpy() for each in (among_C, self._rates.worth_C)),
-                float(variance),
-                self._known_EC.detach().numpy(),
+            self._counting = among_C.numpy(), self._rates.worth_C.numpy(), float(variance)
+            layers_in_order = (
+                *(self._known_EC, self._known_user_CU.T, self._known_bias_C, self._user_HU.T, self._user_bias_H),
+                *(self._vector_DH, self._product_DH, self._rest_EH),
+                *(self._second.weight.T, self._second.bias, self._third.weight.T, self._third.bias),
             )
+            self._layers = tuple(each.detach().contiguous().numpy() for each in layers_in_order)
 
     def logits(self, states_BD: Tensor, context_BC: Tensor, user_BU: Tensor, rows_BK: Tensor) -> Tensor:
         """Return the logits over feedback classes: (B, K, C); `user_BU` are the network's `user_rates`."""
+        if self._on_host:
+            users_BU = torch.cat([states_BD, context_BC, user_BU], 1)
+            logits_BKC = torch.empty(*rows_BK.shape, self._known_EC.shape[1])
+            _judge(
+                *(users_BU.numpy(), states_BD.shape[1], user_BU.shape[1], rows_BK.contiguous().numpy()),
+                *(each.numpy() for each in self._items),
+                *(*self._counting, *self._layers, logits_BKC.numpy()),
+            )
+            return logits_BKC
         batch, dimension = states_BD.shape
-        fed_BKE, known_BKC = self._feed(rows_BK)
+        vectors_BKD, standing_BKS, counts_BKC = (each[rows_BK] for each in self._items)
+        item_BKE = self._rates.item(counts_BKC)
+        fed_BKE = torch.cat([vectors_BKD, standing_BKS, item_BKE], 2)
         user_BH = F.linear(torch.cat([states_BD, context_BC, user_BU], 1), self._user_HU, self._user_bias_H)
         maps_BEH = states_BD.new_empty(batch, fed_BKE.shape[2], user_BH.shape[1])
         torch.addcmul(self._vector_DH, states_BD[:, :, None], self._product_DH, out=maps_BEH[:, :dimension])
@@ -65,25 +80,62 @@ class Ranking:
         hidden_BKH = torch.baddbmm(user_BH[:, None], fed_BKE, maps_BEH).relu_()
         logits_BKC = self._third(self._second(hidden_BKH).relu_())
         known_BC = F.linear(user_BU, self._known_user_CU, self._known_bias_C)
-        found: Tensor = logits_BKC + known_BC[:, None] + known_BKC
+        found: Tensor = logits_BKC + known_BC[:, None] + item_BKE @ self._known_EC
         return found
 
-    def _feed(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the first layer gets of each row (B, K, E), and what counting alone says of it (B, K, C)."""
-        if self._on_host:
-            # In torch's memory: by the alignment of others the last bits of products would differ from batch to batch.
-            fed_BKE = torch.empty(*rows_BK.shape, self._product_DH.shape[0] + len(self._rest_EH))
-            known_BKC = torch.empty(*rows_BK.shape, self._known_EC.shape[1])
-            items = (each.numpy() for each in self._items)
-            _feed(rows_BK.contiguous().numpy(), *items, *self._counting, fed_BKE.numpy(), known_BKC.numpy())
-            return fed_BKE, known_BKC
-        vectors_BKD, standing_BKS, counts_BKC = (each[rows_BK] for each in self._items)
-        item_BKE = self._rates.item(counts_BKC)
-        return torch.cat([vectors_BKD, standing_BKS, item_BKE], 2), item_BKE @ self._known_EC
+
+@compiled
+def _add(x_2E: Floats, map_EH: Floats, found_2H: Floats) -> None:
+    """Add the products of two vectors and a matrix, four rows at a time: so much more is done with what is fetched."""
+    rows, width = x_2E.shape[1], found_2H.shape[1]
+    first_E, second_E, one_H, other_H = x_2E[0], x_2E[1], found_2H[0], found_2H[1]
+    whole = rows - rows % 4
+    for row in range(0, whole, 4):
+        a, b, c, d = first_E[row], first_E[row + 1], first_E[row + 2], first_E[row + 3]
+        e, f, g, h = second_E[row], second_E[row + 1], second_E[row + 2], second_E[row + 3]
+        for column in range(width):
+            i, j, k, m = map_EH[row, column], map_EH[row + 1, column], map_EH[row + 2, column], map_EH[row + 3, column]
+            one_H[column] += a * i + b * j + c * k + d * m
+            other_H[column] += e * i + f * j + g * k + h * m
+    for row in range(whole, rows):
+        for column in range(width):
+            one_H[column] += first_E[row] * map_EH[row, column]
+            other_H[column] += second_E[row] * map_EH[row, column]
 
 
 @compiled
 def _feed(
+    row: int,
+    vectors_ID: Floats,
+    standing_IS: Floats,
+    counts_IC: Floats,
+    among_C: Floats,
+    worth_C: Floats,
+    variance: float,
+    fed_E: Floats,
+) -> None:
+    """Gather what is known of a row, with Rates.item of its counts."""
+    width, standings, classes = vectors_ID.shape[1], standing_IS.shape[1], len(among_C)
+    fed_E[:width] = vectors_ID[row]
+    fed_E[width : width + standings] = standing_IS[row]
+    item_E = fed_E[width + standings :]
+    total = np.float32(0.0)
+    for each in range(classes):
+        total += counts_IC[row, each]
+    deviation, prior = np.float32(0.0), np.float32(PRIOR)
+    for each in range(classes):
+        count, among = counts_IC[row, each], among_C[each]
+        item_E[each] = math.log((count / among + prior) / (total + prior))
+        deviation += ((count + prior * among) / (total + prior) - among) * worth_C[each]
+    item_E[classes] = deviation / variance
+    item_E[classes + 1] = math.log1p(total) / np.float32(4.0)
+
+
+@compiled
+def _judge(
+    users_BU: Floats,
+    dimension: int,
+    rates: int,
     rows_BK: Longs,
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -92,32 +144,52 @@ def _feed(
     worth_C: Floats,
     variance: float,
     known_EC: Floats,
-    fed_BKE: Floats,
-    known_BKC: Floats,
+    known_UC: Floats,
+    known_C: Floats,
+    user_UH: Floats,
+    user_H: Floats,
+    vector_DH: Floats,
+    product_DH: Floats,
+    rest_EH: Floats,
+    second_HG: Floats,
+    second_G: Floats,
+    third_GC: Floats,
+    third_C: Floats,
+    logits_BKC: Floats,
 ) -> None:
-    """Gather what is known of rows, with Rates.item of their counts: one pass over memory that lies anywhere."""
-    users, kept = rows_BK.shape
-    width, standings, classes = vectors_ID.shape[1], standing_IS.shape[1], len(among_C)
-    end = width + standings
-    for user in range(users):
-        for place in range(kept):
-            row = rows_BK[user, place]
-            for column in range(width):
-                fed_BKE[user, place, column] = vectors_ID[row, column]
-            for column in range(standings):
-                fed_BKE[user, place, width + column] = standing_IS[row, column]
-            total = np.float32(0.0)
-            for each in range(classes):
-                total += counts_IC[row, each]
-            deviation, prior = np.float32(0.0), np.float32(PRIOR)
-            for each in range(classes):
-                count, among = counts_IC[row, each], among_C[each]
-                fed_BKE[user, place, end + each] = math.log((count / among + prior) / (total + prior))
-                deviation += ((count + prior * among) / (total + prior) - among) * worth_C[each]
-            fed_BKE[user, place, end + classes] = deviation / variance
-            fed_BKE[user, place, end + classes + 1] = math.log1p(total) / np.float32(4.0)
-            for each in range(classes):
-                sum_ = np.float32(0.0)
-                for column in range(classes + 2):
-                    sum_ += fed_BKE[user, place, end + column] * known_EC[column, each]
-                known_BKC[user, place, each] = sum_
+    """Write the logits of users, of whom the state comes first and the rates last; two candidates at a time."""
+    fed, kept = dimension + rest_EH.shape[0], rows_BK.shape[1]
+    map_EH, fed_2E = np.empty((fed, len(user_H)), np.float32), np.empty((2, fed), np.float32)
+    map_EH[dimension:] = rest_EH
+    counted_2E = fed_2E[:, fed - known_EC.shape[0] :]
+    base_2H, hidden_2H = np.empty((2, len(user_H)), np.float32), np.empty((2, len(user_H)), np.float32)
+    hidden_2G, base_2C = np.empty((2, len(second_G)), np.float32), np.empty((2, len(known_C)), np.float32)
+    found_2C, user_2U = np.empty_like(base_2C), np.empty((2, users_BU.shape[1]), np.float32)
+    for user in range(rows_BK.shape[0]):
+        base_2H[:], base_2C[:], user_2U[:] = user_H, known_C + third_C, users_BU[user]
+        _add(user_2U, user_UH, base_2H)
+        _add(user_2U[:, user_2U.shape[1] - rates :], known_UC, base_2C)
+        for row in range(dimension):
+            for column in range(len(user_H)):
+                map_EH[row, column] = vector_DH[row, column] + users_BU[user, row] * product_DH[row, column]
+        for place in range(0, kept, 2):
+            # Where they are odd the last is judged twice.
+            other = min(place + 1, kept - 1)
+            for each in range(2):
+                row = rows_BK[user, other if each else place]
+                _feed(row, vectors_ID, standing_IS, counts_IC, among_C, worth_C, variance, fed_2E[each])
+            hidden_2H[:], hidden_2G[:], found_2C[:] = base_2H, second_G, base_2C
+            _add(fed_2E, map_EH, hidden_2H)
+            _rectify(hidden_2H)
+            _add(hidden_2H, second_HG, hidden_2G)
+            _rectify(hidden_2G)
+            _add(hidden_2G, third_GC, found_2C)
+            _add(counted_2E, known_EC, found_2C)
+            logits_BKC[user, place], logits_BKC[user, other] = found_2C[0], found_2C[1]
+
+
+@compiled
+def _rectify(found_2H: Floats) -> None:
+    for each in range(2):
+        for column in range(found_2H.shape[1]):
+            found_2H[each, column] = max(found_2H[each, column], np.float32(0.0))
