@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.v1.recommender_pb2 import SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING
 from recsys.weights import WeightPayload, encode
 from recsys.weights.replica import Replica
+from recsys.weights.shared import SharedWeights, create
 from trainer.examples import Event
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
@@ -125,6 +127,34 @@ def ask(scorer: Scorer, **fields: object) -> list[ScoredItem]:
 
 def ids(items: list[ScoredItem]) -> list[str]:
     return [item.item_id for item in items]
+
+
+def test_processes_that_share_weights_answer_alike(
+    learning_settings: Settings, mirror: CatalogMirror, versions: Versions
+) -> None:
+    """One moves them; another, which looks at some versions only, finds the changed rows and the new items."""
+    descriptors = create()
+    first, second = (
+        Scorer(learning_settings, mirror, CPU, SharedWeights(learning_settings, descriptors)) for _ in range(2)
+    )
+    lone = Scorer(learning_settings, mirror, CPU)
+    queries = [Query(history=walked(start, 4)) for start in range(6)]
+    assert first.leads()
+    for place, (record, delta, whole) in enumerate(versions):
+        for each in (first, lone):
+            if place:
+                each.apply(record, delta, 0)
+            else:
+                each.load(record, whole, 0)
+        # The one before the last goes by unseen.
+        looking = [first] if place == len(versions) - 2 else [first, second]
+        expected = lone.answer(queries, NOW_MS)
+        for each in looking:
+            assert [answer.version for answer in each.answer(queries, NOW_MS)] == [record.version] * len(queries)
+            for found, answer in zip(each.answer(queries, NOW_MS), expected, strict=True):
+                assert_same(list(found.items), [(item.item_id, item.score) for item in answer.items], 1e-5)
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 # The arithmetic, item by item

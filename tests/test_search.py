@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,7 @@ from recsys.scorer.search import Search
 from recsys.scorer.standing import Standing
 from recsys.scorer.user_rates import UserRates
 from recsys.settings import Settings
+from recsys.weights import WeightPayload
 from recsys.weights.replica import Replica
 
 pytestmark = pytest.mark.skipif(not lanes.available(), reason="no AVX2 here: nothing is looked at roughly")
@@ -192,37 +195,54 @@ def first_version() -> Replica:
     return replica
 
 
-def test_what_is_computed_ahead_is_what_the_version_has() -> None:
+def _ahead(items: Items, replica: Replica, payload: WeightPayload) -> Items:
+    ahead = Ahead.of(items, replica.table, payload)
+    assert ahead is not None
+    replica.apply(payload)
+    return ahead.land(replica.table)
+
+
+def _moved(items: Items, replica: Replica, payload: WeightPayload) -> Items:
+    replica.apply(payload)
+    return items.moved(replica.table, payload.rows.astype(np.int64))
+
+
+@pytest.mark.parametrize("follow", [_ahead, _moved], ids=["ahead of it", "behind it"])
+def test_what_is_computed_of_changed_rows_is_what_the_version_has(
+    follow: Callable[[Items, Replica, WeightPayload], Items],
+) -> None:
     """Rows that changed, that are new, and that are far larger than any before: the same as computed from nothing."""
     draw = torch.Generator().manual_seed(5)
     replica, source = first_version(), Replica(Settings(dimension=DIMENSION), CPU)
     items = Items.of(replica.table)
     source.apply(replica.write_all())
+    written_anew = 0
     for step in range(8):
         first = source.table.rows
         source.table.allocate(f"new-{step}-{n}" for n in range(40))
         changed = torch.unique(torch.cat([torch.randint(1, first, (30,)), torch.arange(first, source.table.rows)]))
-        # The last version is small again: there the rows have been written anew.
-        vectors = torch.randn(len(changed), DIMENSION, generator=draw) * (1 + 3 * step if step < 7 else 1)
+        # Behind the large ones rows have to be written anew.
+        vectors = torch.randn(len(changed), DIMENSION, generator=draw) * (3 * step if step in (3, 5) else 1)
         source.table.columns["vector"][changed] = vectors
         source.table.columns["total"][changed] += 1
         source.table.clock += 100
         new_items = list(zip(source.table.item_ids[first:], range(first, source.table.rows), strict=True))
-        payload = source.write(changed, new_items)
-        ahead = Ahead.of(items, replica.table, payload)
-        assert ahead is not None
-        replica.apply(payload)
-        items, afresh = ahead.land(replica.table), Items.of(replica.table)
+        before = items.rough
+        items = follow(items, replica, source.write(changed, new_items))
+        afresh = Items.of(replica.table)
         assert torch.equal(items.vectors_ID, afresh.vectors_ID)
         assert torch.equal(items.standing_IS, afresh.standing_IS)
         assert torch.allclose(items.mean_vector_D, afresh.mean_vector_D, atol=1e-5)
         assert torch.allclose(items.mean_standing_S, afresh.mean_standing_S, atol=1e-6)
+        assert before is not None
         assert items.rough is not None
         assert afresh.rough is not None
+        written_anew += items.rough[0] is not before[0]
         truth = items.vectors_ID.numpy()
         lost = np.linalg.norm(unpacked(items.rough[0], len(truth), DIMENSION) - truth, axis=1)
         assert lost.max() <= items.rough[0].lost * 1.001
     assert items.rough[0].lost < 2 * afresh.rough[0].lost
+    assert 0 < written_anew < 8
 
 
 def test_a_rollback_is_computed_afresh() -> None:

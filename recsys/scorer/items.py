@@ -51,9 +51,20 @@ class Items:
             return cls(vectors_ID, standing_IS, *means, None, np.zeros(0), None, math.inf)
         standing = Standing.of(_arrays(table), table.rows, table.clock)
         partitions, vectors = _packed(vectors_ID.numpy(), standing.rows_IS, table.rows, partitioned_from)
-        sum_D = vectors_ID.sum(0, dtype=torch.float64).numpy()
+        sum_D = vectors_ID.sum(0).double().numpy()
         rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
         return _items(table, sum_D, standing, vectors, rough_standing, partitions, partitioned_from)
+
+    def moved(self, table: ItemTable, changed_R: NDArray[np.int64]) -> Items:
+        """Return the items of a table in which these rows have changed since; what was held is good for no more."""
+        if self.rough is None or self.partitions or not self.rough[0].fits(table.rows):
+            return Items.of(table, self.partitioned_from)
+        vectors_ID, vectors = table.column("vector"), self.rough[0]
+        vectors.write(vectors_ID.numpy(), changed_R)
+        standing = Standing.of(_arrays(table), table.rows, table.clock)
+        sum_D = vectors_ID.sum(0).double().numpy()
+        rough_standing = Rough.of(standing.rows_IS, centred=True)
+        return _items(table, sum_D, standing, vectors, rough_standing, None, self.partitioned_from)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import NewItems, WeightPayload
 from recsys.weights.replica import Replica
-from recsys.weights.shared import SharedWeights
+from recsys.weights.shared import Point, SharedWeights
 
 # Batch sizes scored once before the first request is let in.
 WARM_UP_SIZES = (1, 8, 32)
@@ -46,6 +46,7 @@ class Scorer:
         self._replica: Replica | None = None
         self._shared = shared
         self._shared_number = 0
+        self._shared_point = Point(0, 0, 0, 0)
         self._record = VersionRecord()
         # Why a newer version that there is cannot be served; empty where all is well.
         self.problem = ""
@@ -94,12 +95,19 @@ class Scorer:
                 return
             with self._shared.reading() as number:
                 if number != self._shared_number:
-                    self._replica = self._shared.replica
-                    assert self._replica is not None
-                    self._install(self._shared.record, self._shared.applied_ms, Items.of(self._replica.table))
+                    self._follow(self._shared)
                     # Last: `refresh` looks at it without the lock.
                     self._shared_number = number
                 yield
+
+    def _follow(self, shared: SharedWeights) -> None:
+        """Take the version in force; of one that followed those that were seen only the changed rows are looked at."""
+        self._replica = shared.replica
+        assert self._replica is not None
+        table, items, changes = self._replica.table, self._items, shared.changes(self._shared_point)
+        items = items.moved(table, changes.rows) if items and changes else Items.of(table)
+        self._install(shared.record, shared.applied_ms, items, changes.items if changes else None)
+        self._shared_point = shared.point()
 
     def load(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
         """Take a whole version in place of whatever is held; the one before answers until then.
@@ -158,19 +166,19 @@ class Scorer:
             ahead = Ahead.of(self._items, replica.table, payload)
         with self._lock:
             replica.put(payload)
-            self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica), payload)
+            new = None if payload.whole or payload.kept_rows else NewItems.of(payload.new_items)
+            self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica), new)
 
     @torch.inference_mode()
     def _items_of(self, replica: Replica) -> Items:
         return Items.of(replica.table, partitioned_from(self._settings.retrieval))
 
     @torch.inference_mode()
-    def _install(
-        self, record: VersionRecord, applied_ms: int, items: Items, payload: WeightPayload | None = None
-    ) -> None:
+    def _install(self, record: VersionRecord, applied_ms: int, items: Items, new: NewItems | None = None) -> None:
+        """Put a version in place; `new` are the items that it brought, None where they may all be others."""
         assert self._replica is not None
         self._items = items
-        self._follow_ids(self._replica, payload)
+        self._follow_ids(self._replica, new)
         self._served = Served(self._settings, self._mirror, self._replica, items, self._ids, self._retrieval)
         self._record = record
         self._unanswered = True
@@ -178,12 +186,11 @@ class Scorer:
             record.version, record.committed_ms, applied_ms, len(self._replica.table), record.feedback_learned
         )
 
-    def _follow_ids(self, replica: Replica, payload: WeightPayload | None) -> None:
-        """Know the items of the replica; `payload` is what moved it here from where they were known."""
+    def _follow_ids(self, replica: Replica, new: NewItems | None) -> None:
+        """Know the items of the replica, of which `new` were not known."""
         of = replica, replica.table.items_revision
         if of == self._ids_of:
             return
-        new = NewItems.of(payload.new_items) if payload and not payload.whole and not payload.kept_rows else None
         if new is None or replica is not self._ids_of[0] or not self._ids.write(new.rows, new.ids):
             self._ids = Ids(replica.table.item_ids)
         self._ids_of = of

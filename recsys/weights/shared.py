@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,9 @@ from recsys.weights.turnstile import Turnstile
 WINDOW_BYTES = 1 << 40
 _HEADER, _RECORDS, _JOURNAL, _AREAS = 0, 1, 3, 4
 # Windows of an area; the columns' follow. A whole version is read into the area that is not in use. Which row got which
-# item is a list that grows at its end: each process goes on from where it read last.
-_DENSE, _GIVEN_ROWS, _ID_ENDS, _ID_BYTES, _COLUMNS = 0, 1, 2, 3, 4
+# item is a list that grows at its end: each process goes on from where it read last. Of each row stands which state
+# changed it last.
+_DENSE, _GIVEN_ROWS, _ID_ENDS, _ID_BYTES, _CHANGED_BY, _COLUMNS = 0, 1, 2, 3, 4, 5
 _WINDOWS_PER_AREA = _COLUMNS + len(SERVED_COLUMNS)
 _WINDOWS = _AREAS + 2 * _WINDOWS_PER_AREA
 # In the header: the number of the state in force, that of the one that was begun, and two places for states.
@@ -80,6 +81,22 @@ class _State:
     clock: int
     applied_ms: int
     record_bytes: int
+
+
+class Point(NamedTuple):
+    """Say how far a process has followed: the number of a state, its area and cuts, and the rows given by then."""
+
+    number: int
+    area: int
+    cuts: int
+    given: int
+
+
+class Changes(NamedTuple):
+    """Hold what changed since a point: the rows, ascending, and those that got another item or are new."""
+
+    rows: NDArray[np.int64]
+    items: NewItems
 
 
 class SharedWeights:
@@ -126,6 +143,19 @@ class SharedWeights:
     def number(self) -> int:
         """Return the number of the state in force, without waiting."""
         return self._numbers[_CURRENT]
+
+    def point(self) -> Point:
+        """Return where the version in force stands; while `reading`."""
+        return Point(self._seen, self._area, self._cuts, self._given)
+
+    def changes(self, since: Point) -> Changes | None:
+        """Return what changed since an earlier point, None where that may be everything; while `reading`."""
+        assert self.replica is not None
+        if (since.area, since.cuts) != (self._area, self._cuts) or not since.number:
+            return None
+        rows = self.replica.table.rows
+        changed_R = np.flatnonzero(self._changed_by(self._area, rows) > since.number)
+        return Changes(changed_R, self._read_given(self._area, since.given, self._given, rows))
 
     def leads(self) -> bool:
         """Return whether this process is the one that follows the store, trying to become it if there is none."""
@@ -209,6 +239,7 @@ class SharedWeights:
         for name in SERVED_COLUMNS:
             replica.table.columns[name][kept : state.rows] = 0
         replica.put(payload)
+        self._changed_by(state.area, replica.table.rows)[payload.rows] = self.number() + 1
         given = self._give(state.area, NewItems.of(payload.new_items), state.given)
         self._commit(state.area, state.cuts + (kept < state.rows), given, replica, record, applied_ms)
         self._adopt(state.area, replica, record, applied_ms)
@@ -302,6 +333,10 @@ class SharedWeights:
     def _given_rows(self, area: int, total: int) -> NDArray[Any]:
         mapped = self._map(self._area_window(area, _GIVEN_ROWS), max(8 * total, 1))
         return np.frombuffer(mapped, np.int64, total)
+
+    def _changed_by(self, area: int, rows: int) -> NDArray[Any]:
+        """Return the number of the state that changed each row last, 0 where none did since the area was taken."""
+        return np.frombuffer(self._map(self._area_window(area, _CHANGED_BY), 8 * rows), np.int64, rows)
 
     def _id_ends(self, area: int, total: int) -> NDArray[Any]:
         """Return where each id begins, and where the last one ends."""
