@@ -3,7 +3,7 @@
 Store, trainer, servers (one for each transport) and clients are processes of their own. The capacity is what a fixed
 number of calls in flight gets answered, measured before and after. In between, calls are sent on schedule (open loop),
 each with a deadline, whether or not answers come back; goodput is what was answered in time. The trainer stops before
-anything is measured. Prints one JSON object.
+anything is measured; with `--items` there is none, and weights and histories are made up. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import serving
 from raw_calls import free_ports, measure, processor_seconds
 
 from recsys import Client, Feedback
@@ -38,7 +39,7 @@ USERS = 500
 @contextmanager
 def part(command: str, store_url: str, **settings: object) -> Iterator[int]:
     """Run the trainer or a server; yield its process id."""
-    given = {"redis_url": store_url, "classes": "clicks", "metrics_port": 0, "trainer_metrics_port": 0, **settings}
+    given = {"redis_url": store_url, "metrics_port": 0, "trainer_metrics_port": 0, **settings}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{f"RECSYS_{k.upper()}": str(v) for k, v in given.items()}}
     process = subprocess.Popen([sys.executable, "-m", "recsys", command], env=environment, stdout=subprocess.DEVNULL)
     try:
@@ -101,20 +102,36 @@ def overload(target: str, pid: int, seconds: float, timeout: float, factors: lis
     return found
 
 
-def whole(transports: list[str], seconds: float, timeout: float, factors: list[float]) -> dict[str, Any]:
-    """Run the system with a server for each transport, and overload one after the other."""
+def whole(transports: list[str], seconds: float, timeout: float, factors: list[float], items: int) -> dict[str, Any]:
+    """Run the system with a server for each transport, and overload one after the other; `items` 0: those learned."""
     with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store, ExitStack() as stack:
+        settings: dict[str, object] = {} if items else {"classes": "clicks"}
+        if items:
+            publisher = (str(Path(serving.__file__).resolve()), "--publish", store.url, "--items", str(items))
+            with serving.part(*publisher, wait=True, stdin=subprocess.PIPE):
+                pass
         servers = {}
         for transport, port in zip(transports, free_ports(len(transports)), strict=True):
-            servers[transport] = port, stack.enter_context(part("serve", store.url, port=port, transport=transport))
+            server = part("serve", store.url, port=port, transport=transport, **settings)
+            servers[transport] = port, stack.enter_context(server)
         port, _ = next(iter(servers.values()))
-        with part("train", store.url), Client(f"127.0.0.1:{port}", timeout=30.0) as client:
-            teach(client, 4000)
+        with Client(f"127.0.0.1:{port}", timeout=30.0) as client:
+            if items:
+                wait_until(lambda: client.status().version > 0)
+            else:
+                with part("train", store.url, **settings):
+                    teach(client, 4000)
         found = {
             transport: overload(f"127.0.0.1:{port}", pid, seconds, timeout, factors)
             for transport, (port, pid) in servers.items()
         }
-    return {"deadline_seconds": timeout, "seconds": seconds, "cores": os.cpu_count(), "transports": found}
+    return {
+        "items": items,
+        "deadline_seconds": timeout,
+        "seconds": seconds,
+        "cores": os.cpu_count(),
+        "transports": found,
+    }
 
 
 def main() -> None:
@@ -124,8 +141,12 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=0.1, help="of each call, in seconds")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="multiples of the capacity")
     parser.add_argument("--transports", nargs="+", default=["native", "grpcio"])
-    arguments = parser.parse_args()
-    print(json.dumps(whole(arguments.transports, arguments.seconds, arguments.deadline, arguments.factors), indent=2))
+    parser.add_argument(
+        "--items", type=int, default=0, help="made up, instead of the few that a simulated audience has"
+    )
+    given = parser.parse_args()
+    found = whole(given.transports, given.seconds, given.deadline, given.factors, given.items)
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Shapes: B users, K latest items, M successors of each, N marks, G buckets of row
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -42,13 +43,11 @@ class Marks:
     def of(cls, table: ItemTable, history_BK: Longs, own: Own | None = None) -> Marks:
         """Mark what follows the histories, latest first, and hide each user's `own` rows."""
         own = own or Own(np.empty(0, np.int64), np.zeros(len(history_BK), np.int64))
-        distance_K = np.arange(1, history_BK.shape[1] + 1, dtype=np.float32)
-        scale_2K = np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER])
         rows_BN, hidden_BN, sums_2BN, because_BN = _mark(
             table.column("successor").numpy(),
             table.column("successor_weight").numpy(),
             history_BK,
-            scale_2K.astype(np.float32),
+            _scales(history_BK.shape[1]),
             own.rows_H,
             own.ends_B,
         )
@@ -58,15 +57,31 @@ class Marks:
 
     def weighted(self, weights_B2: Floats) -> Floats:
         """Return what each mark adds to the score of its row, below HIDDEN where that must not come back: (B, N)."""
-        first_BN, second_BN = self.lifts_2BN
-        found_BN: Floats = weights_B2[:, :1] * first_BN + weights_B2[:, 1:] * second_BN
-        found_BN[self.hidden_BN] = -np.inf
+        found_BN: Floats = _weigh(self.lifts_2BN, self.hidden_BN, weights_B2)
         return found_BN
 
     def at(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return both lifts of rows (B, K, 2) and the row of the history item that leads there most (B, K); 0: none."""
         lifts_BK2, because_BK = _at(self.rows_BN, self.lifts_2BN, self.because_BN, rows_BK.numpy())
         return torch.from_numpy(lifts_BK2), torch.from_numpy(because_BK)
+
+
+@cache
+def _scales(reach: int) -> Floats:
+    """Return what the latest, second latest and so on item counts for in both looks: (2, K)."""
+    distance_K = np.arange(1, reach + 1, dtype=np.float32)
+    return np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER]).astype(np.float32)
+
+
+@compiled
+def _weigh(lifts_2BN: Floats, hidden_BN: NDArray[np.bool_], weights_B2: Floats) -> Floats:
+    found_BN = np.empty(hidden_BN.shape, np.float32)
+    for user in range(hidden_BN.shape[0]):
+        first, second = weights_B2[user, 0], weights_B2[user, 1]
+        for mark in range(hidden_BN.shape[1]):
+            lift = first * lifts_2BN[0, user, mark] + second * lifts_2BN[1, user, mark]
+            found_BN[user, mark] = -np.inf if hidden_BN[user, mark] else lift
+    return found_BN
 
 
 @compiled
