@@ -18,7 +18,7 @@ from recsys.cli.evaluate_command import evaluate
 from recsys.cli.fit_command import fit
 from recsys.cli.import_command import import_
 from recsys.cli.quarantine_commands import quarantine
-from recsys.cli.run_commands import serve, serve_shared, store, train, up
+from recsys.cli.run_commands import compile_, serve, serve_shared, store, train, up
 from recsys.cli.settings_flags import ConfigFile, takes_settings
 from recsys.cli.status_command import status
 from recsys.cli.user_commands import forget, why
@@ -57,6 +57,7 @@ _PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "serve": takes_settings(serve),
         "train": takes_settings(train),
         "config": takes_settings(config),
+        "compile": takes_settings(compile_),
     },
     "Ask and tell a server": {
         "recommend": recommend,

@@ -1,4 +1,4 @@
-"""serve, train and up: the parts alone against a store, or all of them with one of their own."""
+"""serve, train and up: the parts alone against a store, or all of them with one of their own; and what they compile."""
 
 from __future__ import annotations
 
@@ -73,3 +73,15 @@ def up(given: Given, json: AsJson = False) -> None:
             system.wait()
     except KeyboardInterrupt:
         console(stderr=True).print("stopped")
+
+
+def compile_(given: Given) -> None:
+    """Compile the loops that server and trainer run on this kind of processor, so that no start waits for it.
+
+    They are kept beside the package or in the folder that NUMBA_CACHE_DIR names. Images do it when they are built.
+    """
+    with console(stderr=True).status("compiling, for about a minute"):
+        from recsys.cli.compiling import compile_loops
+
+        compile_loops(given.settings)
+    print("compiled")
