@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
 
 logger = logging.getLogger(__name__)
+# What stands in every file with loops, and how files name what they take from others of ours.
+LOOPS = re.compile(r"^from recsys\.compiled import|^from numba", re.MULTILINE)
+TAKEN = re.compile(r"^from ((?:recsys|trainer)[\w.]*) import", re.MULTILINE)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -25,7 +31,27 @@ def compiled(function: Callable[..., Any]) -> Any:
         found.enable_caching()
     except RuntimeError:
         _warn()
+        return found
+    # numba looks at a function's own file only, but what it calls in others is compiled into it, and constants are.
+    kept = found._cache._cache_file
+    kept._source_stamp = (kept._source_stamp, _sources(Path(__file__).parents[1]))
     return found
+
+
+@cache
+def _sources(root: Path) -> bytes:
+    """Return a digest of every file with loops and all that these take from others."""
+    texts = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path.read_text("utf-8")
+        for package in ("recsys", "trainer")
+        for path in (root / package).rglob("*.py")
+    }
+    wanted, reached = [name for name, text in texts.items() if LOOPS.search(text)], set[str]()
+    while wanted:
+        if (name := wanted.pop()) not in reached and name in texts:
+            reached.add(name)
+            wanted += TAKEN.findall(texts[name])
+    return hashlib.sha256("".join(texts[name] for name in sorted(reached)).encode()).digest()
 
 
 @cache

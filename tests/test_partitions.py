@@ -14,7 +14,7 @@ from recsys.network import LIFTS
 from recsys.scorer import lanes, search
 from recsys.scorer.centres import Centres
 from recsys.scorer.items import Ahead, Items
-from recsys.scorer.lanes import ROWS
+from recsys.scorer.lanes import QUAD, ROWS, ZERO
 from recsys.scorer.partitions import Partitions
 from recsys.scorer.places import NOBODY, Places
 from recsys.scorer.retrieval import HIDDEN, Found, Hidden, Own
@@ -124,8 +124,8 @@ def check_places(items: Items) -> None:
 
 
 def at_places(rough: Rough, places: Places, width: int) -> NDArray[np.float32]:
-    blocks = rough.blocks_GP.reshape(len(rough.blocks_GP), -1, ROWS, 2).transpose(0, 2, 1, 3)
-    numbers = blocks.reshape(len(rough.blocks_GP) * ROWS, -1)[places.place_I, :width]
+    blocks = rough.blocks_GP.reshape(len(rough.blocks_GP), -1, ROWS, QUAD).transpose(0, 2, 1, 3)
+    numbers = blocks.reshape(len(rough.blocks_GP) * ROWS, -1)[places.place_I, :width] - float(ZERO)
     found: NDArray[np.float32] = rough.centre_D + rough.scale_D * numbers
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,20 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learning import CPU
-from numba.core import caching
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
 from recsys.item_table import PADDING_ROW, STANDINGS, ItemTable
 from recsys.network import LIFTS, TRANSITION_FLOOR, Histories
-from recsys.scorer import lanes, shortlist
+from recsys.scorer import lanes, scan, shortlist
 from recsys.scorer.encoder import Encoder
 from recsys.scorer.items import Ahead, Items
 from recsys.scorer.marks import END, Marks
 from recsys.scorer.parts import contested, in_final_order, log_worth
 from recsys.scorer.ranking import Ranking
 from recsys.scorer.retrieval import HIDDEN, Hidden, Own, Retrieval
-from recsys.scorer.rough import LARGEST, Rough
+from recsys.scorer.rough import LARGEST, Rough, whole_weights
 from recsys.scorer.search import Search
 from recsys.scorer.standing import Standing
 from recsys.scorer.user_rates import UserRates
@@ -144,6 +143,82 @@ def test_both_ways_of_retrieval_agree(users: int) -> None:
         assert torch.allclose(one, other, atol=1e-4)
 
 
+def test_who_is_misled_by_the_sample_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows that are far better lie where the sample is taken, but they are fewer than are asked for."""
+    items, keep = 9000, 100
+    table = made_up(items, 6)
+    every = table.rows // (lanes.ROWS * scan.SAMPLED)
+    better = np.arange(1, 75) // 8 * lanes.ROWS * every + np.arange(1, 75) % 8
+    assert every > 1
+    states = torch.ones(5, DIMENSION)
+    table.columns["vector"][1 : table.rows] *= 0.01
+    table.columns["vector"][better] = 1.0
+    found = Items.of(table)
+    weights = torch.zeros(5, 1 + STANDINGS + LIFTS)
+    weights[:, 0] = 1.0
+    # One of them is not misled.
+    weights[3, 0] = 0.0
+    history = torch.zeros(5, REACH, dtype=torch.int64)
+    asked: list[tuple[Any, ...]] = []
+    real = scan.best
+    monkeypatch.setattr(scan, "best", lambda *given: asked.append(given) or real(*given))
+    search = Search()
+    search.install(found, table)
+    top, rows, _ = search.find(weights, states, history, [nothing_hidden(table.rows)] * 5, Own.of([()] * 5), keep)
+    scores = in_full(table, found, weights, states, history)
+    scores[:, PADDING_ROW] = HIDDEN
+    for user in range(5):
+        assert rows[user].tolist() == np.argsort(-scores[user], kind="stable")[:keep].tolist()
+    _, _, vectors, standing, _, words, constant, step, error, _, _, hidden, _ = asked[0]
+    guess = scan._guess(vectors, standing, words, constant, step, error, hidden, keep, lanes.USERS)
+    assert (guess > top[:, -1].numpy() - error).tolist() == [True, True, True, False, True]
+
+
+def adversarial(width: int, draw: np.random.Generator) -> NDArray[np.float32]:
+    """Draw vectors whose products are the largest there can be, or would be if all that is added had one sign."""
+    alternating = np.where(np.arange(width) % 2, 1, -1)
+    signs = draw.choice([-1.0, 1.0], (40, width))
+    one = np.eye(width)[: min(width, 8)]
+    spread = draw.standard_normal((60, width)) * draw.random((60, width)) ** 8
+    whole = np.concatenate([np.ones((1, width)), -np.ones((1, width)), [alternating, -alternating], signs, one, spread])
+    return np.concatenate([whole, -whole, 1e-3 * whole]).astype(np.float32)
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 64, 200, 1024])
+@pytest.mark.parametrize("together", [1, lanes.USERS])
+def test_no_sum_goes_round_and_no_score_is_further_off_than_is_said(width: int, together: int) -> None:
+    """Against doubles, for users whose weights are the rows themselves as well."""
+    draw = np.random.default_rng(width)
+    vectors, standing = adversarial(width, draw), (9 * draw.standard_normal((1, STANDINGS))).astype(np.float32)
+    standing = np.concatenate([standing + each for each in 30 * adversarial(STANDINGS, draw)])
+    rows = max(len(vectors), len(standing))
+    vectors, standing = np.resize(vectors, (rows, width)), np.resize(standing, (rows, STANDINGS))
+    packed = Rough.of(vectors, centred=False), Rough.of(standing, centred=True)
+    users = np.concatenate([vectors, 0.1 * standing * draw.random((rows, 1)).astype(np.float32)], 1)
+    users[::5, width:] = 0
+    users[1::5, :width] = 0
+    users[7] = 0
+    words, constant, step, error = whole_weights(
+        users,
+        *(np.concatenate([getattr(each, name) for each in packed]) for name in ("centre_D", "scale_D")),
+        width,
+        *(tuple(getattr(each, name) for each in packed) for name in ("lost", "longest", "widest")),
+        together,
+    )
+    truth = np.concatenate([vectors, standing], 1).astype(np.float64) @ users.T.astype(np.float64)
+    blocks = np.arange(-(-rows // lanes.ROWS), dtype=np.int32)
+    sums, above = np.empty((len(blocks), together * lanes.ROWS), np.int32), np.empty(len(blocks), np.uint64)
+    limits = np.zeros((len(words), together), np.int32)
+    for tile in range(len(words)):
+        scan.look(packed[0].blocks_GP, packed[1].blocks_GP, blocks, words, tile, limits, sums, above)
+        bits = above[:, None] >> np.arange(together * lanes.ROWS, dtype=np.uint64) & np.uint64(1)
+        assert np.array_equal(bits == 1, sums > 0)
+        for user in range(tile * together, min(tile * together + together, rows)):
+            first = lanes.ROWS * (user - tile * together)
+            rough = constant[user] + step[user] * sums[:, first : first + lanes.ROWS].reshape(-1)[:rows]
+            assert (np.abs(rough - truth[:, user]) <= error[user] + 1e-9 * np.abs(truth[:, user])).all()
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
 @settings(deadline=None)
 def test_keys_are_in_the_order_of_scores(numbers: list[float]) -> None:
@@ -166,13 +241,13 @@ def test_what_is_lost_of_a_row_is_no_more_than_is_said(rows: int, width: int) ->
     rough.write(truth, np.array([rows // 2]))
     lost = np.linalg.norm(unpacked(rough, rows, width) - truth, axis=1)
     assert lost.max() == pytest.approx(rough.lost, rel=1e-3)
-    assert np.abs(rough.blocks_GP).max() <= LARGEST
+    assert np.abs(rough.blocks_GP - float(lanes.ZERO)).max() <= LARGEST + 1
     assert rough.longest == pytest.approx(np.linalg.norm(truth, axis=1).max(), rel=1e-5)
 
 
 def unpacked(rough: Rough, rows: int, width: int) -> NDArray[np.float32]:
-    blocks = rough.blocks_GP.reshape(len(rough.blocks_GP), -1, lanes.ROWS, 2).transpose(0, 2, 1, 3)
-    numbers = blocks.reshape(len(rough.blocks_GP) * lanes.ROWS, -1)[:rows, :width]
+    blocks = rough.blocks_GP.reshape(len(rough.blocks_GP), -1, lanes.ROWS, lanes.QUAD).transpose(0, 2, 1, 3)
+    numbers = blocks.reshape(len(rough.blocks_GP) * lanes.ROWS, -1)[:rows, :width] - float(lanes.ZERO)
     found: NDArray[np.float32] = rough.centre_D + rough.scale_D * numbers
     return found
 
@@ -325,14 +400,6 @@ def test_states_and_weights_are_those_of_the_network(blocks: int) -> None:
         expected = states, network.mixing_weights(histories)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=2e-4, rtol=1e-4)
-
-
-def test_code_is_compiled_where_nothing_can_be_kept(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
-    assert compiled(lambda x: x + 1)(41) == 42
-    assert "NUMBA_CACHE_DIR" in caplog.text
 
 
 @pytest.mark.parametrize("histories_tell", [False, True])

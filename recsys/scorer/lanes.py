@@ -1,7 +1,9 @@
 """Lanes: sums of products in whole numbers, of sixteen rows with one or four users at once, in AVX2.
 
-Compilers do not find this by themselves: one instruction multiplies sixteen pairs of 16-bit numbers and adds them two
-by two. numba compiles what is written here as LLVM's intermediate code into the loop that uses it.
+Compilers do not find this by themselves: one instruction multiplies 32 pairs of numbers of eight bits, one of them
+without a sign, and adds them two by two into sixteen bits. So rows are raised by ZERO; what this adds to the sums
+depends on the user alone, and is what they begin with. numba compiles what is written here as LLVM's intermediate code
+into the loop that uses it.
 """
 
 from __future__ import annotations
@@ -15,17 +17,26 @@ from numba.extending import intrinsic
 
 # Rows in a block.
 ROWS = 16
-# A block holds two numbers of each of its rows together, as the instruction wants them.
-PAIR_BYTES = 2 * ROWS
+# Columns of which a block holds each row's numbers together, as the instruction wants them, and their bytes.
+QUAD = 4
+QUAD_BYTES = QUAD * ROWS
+# What stands for nought in a row.
+ZERO = 128
+# Bytes that the processor fetches at a time.
+LINE = 64
 # Users whose products with a block are computed while the block is in registers.
 USERS = 4
+# Before the weights of each kind of columns stand, user after user, what the sums begin with and what they count.
+HEAD = 2
+# Largest weight: then the largest sum of two products fits sixteen bits, (255 + 255) x 64. Whether all of those that
+# are added up in one place fit is for whoever makes the weights to see to; on the way there sums may go round.
+LARGEST_WEIGHT, LARGEST_SUM = 64, 32767
 
 # numba describes this module to nobody.
 cgutils: Any = _cgutils
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_BYTES, _WORDS = ir.VectorType(_I8, PAIR_BYTES), ir.VectorType(_I16, PAIR_BYTES)
-_HALF_WORDS, _SUMS = ir.VectorType(_I16, ROWS), ir.VectorType(_I32, ROWS // 2)
-_MULTIPLY_AND_ADD = "llvm.x86.avx2.pmadd.wd"
+_BYTES, _WORDS, _SUMS = (ir.VectorType(kind, 256 // kind.width) for kind in (_I8, _I16, _I32))
+_MULTIPLY_BYTES, _MULTIPLY_WORDS = "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"
 
 
 def available() -> bool:
@@ -48,36 +59,47 @@ class _Tile:
 
     def __init__(self, builder: Any, users: int) -> None:
         self._builder, self._users = builder, users
-        self._multiply_and_add = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_SUMS, [_HALF_WORDS, _HALF_WORDS]), _MULTIPLY_AND_ADD
+        self._bytes, self._words = (
+            cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [kind, kind]), name)
+            for result, kind, name in ((_WORDS, _BYTES, _MULTIPLY_BYTES), (_SUMS, _WORDS, _MULTIPLY_WORDS))
         )
-        zero = ir.Constant(_SUMS, [0] * (ROWS // 2))
         self._sums = [[cgutils.alloca_once(builder, _SUMS) for _ in range(2)] for _ in range(users)]
         for place in (place for halves in self._sums for place in halves):
-            builder.store(zero, place)
+            builder.store(ir.Constant(_SUMS, [0] * (ROWS // 2)), place)
 
-    def add(self, block: Any, weights: Any, pairs: Any) -> None:
-        """Add the products of a block's `pairs` with the users' weights, pair after pair and user after user."""
-        builder = self._builder
-        with cgutils.for_range(builder, pairs) as loop:
-            kind = loop.index.type
-            start = builder.gep(block, [builder.mul(loop.index, ir.Constant(kind, PAIR_BYTES))])
-            words = builder.sext(builder.load(builder.bitcast(start, _BYTES.as_pointer()), align=1), _WORDS)
-            halves = [
-                builder.shuffle_vector(
-                    words,
-                    ir.Constant(_WORDS, ir.Undefined),
-                    ir.Constant(ir.VectorType(_I32, ROWS), list(range(first, first + ROWS))),
+    def add(self, block: Any, weights: Any, quads: Any) -> None:
+        """Add the products of a block's `quads` with the users' weights, quad after quad and user after user."""
+        builder, kind = self._builder, quads.type
+
+        def word(place: Any, vector: Any) -> Any:
+            """Put a word of the weights into every place of a vector."""
+            return builder.bitcast(_repeated(builder, builder.load(builder.gep(weights, [place]), align=4)), vector)
+
+        places = [[cgutils.alloca_once(builder, _WORDS) for _ in range(2)] for _ in range(self._users)]
+        for user, halves in enumerate(places):
+            for place in halves:
+                builder.store(word(ir.Constant(kind, user), _WORDS), place)
+        with cgutils.for_range(builder, quads) as loop:
+            start = builder.mul(loop.index, ir.Constant(kind, QUAD_BYTES))
+            rows = [
+                builder.load(
+                    builder.bitcast(
+                        builder.gep(block, [builder.add(start, ir.Constant(kind, half))]), _BYTES.as_pointer()
+                    ),
+                    align=1,
                 )
-                for first in (0, ROWS)
+                for half in (0, QUAD_BYTES // 2)
             ]
-            first_user = builder.mul(loop.index, ir.Constant(kind, self._users))
-            for user, sums in enumerate(self._sums):
-                place = builder.gep(weights, [builder.add(first_user, ir.Constant(kind, user))])
-                weight = builder.bitcast(_repeated(builder, builder.load(place, align=4)), _HALF_WORDS)
-                for half, total in zip(halves, sums, strict=True):
-                    product = builder.call(self._multiply_and_add, [half, weight])
-                    builder.store(builder.add(builder.load(total), product), total)
+            first = builder.mul(builder.add(loop.index, ir.Constant(kind, HEAD)), ir.Constant(kind, self._users))
+            for user, halves in enumerate(places):
+                weight = word(builder.add(first, ir.Constant(kind, user)), _BYTES)
+                for half, place in zip(rows, halves, strict=True):
+                    builder.store(builder.add(builder.load(place), builder.call(self._bytes, [half, weight])), place)
+        for user, (halves, sums) in enumerate(zip(places, self._sums, strict=True)):
+            factor = word(ir.Constant(kind, self._users + user), _WORDS)
+            for place, total in zip(halves, sums, strict=True):
+                whole = builder.call(self._words, [builder.load(place), factor])
+                builder.store(builder.add(builder.load(total), whole), total)
 
     def finish(self, limits: Any, out: Any) -> Any:
         """Store the sums and return a bit for each that is above its user's limit."""
@@ -117,11 +139,12 @@ def _products(users: int) -> Any:
             weights, _ = start(3, tile, _I32)
             limits_at, _ = start(5, tile, _I32)
             sums_at, _ = start(6, arguments[7], _I32)
-            pairs = [builder.udiv(size, ir.Constant(size.type, PAIR_BYTES)) for size in (first_bytes, second_bytes)]
+            quads = [builder.udiv(size, ir.Constant(size.type, QUAD_BYTES)) for size in (first_bytes, second_bytes)]
+            kind = quads[0].type
             written = _Tile(builder, users)
-            written.add(first, weights, pairs[0])
-            after = builder.mul(pairs[0], ir.Constant(pairs[0].type, users))
-            written.add(second, builder.gep(weights, [after]), pairs[1])
+            written.add(first, weights, quads[0])
+            after = builder.mul(builder.add(quads[0], ir.Constant(kind, HEAD)), ir.Constant(kind, users))
+            written.add(second, builder.gep(weights, [after]), quads[1])
             return written.finish(limits_at, sums_at)
 
         return signature, code
@@ -129,11 +152,12 @@ def _products(users: int) -> Any:
     return intrinsic(products)
 
 
-# Both take the blocks of vectors and those of standings (G, int8, pairs of ROWS rows) and which block; the weights of
-# the users in tiles (T, int32, two 16-bit numbers each: pair after pair, and user after user within) and which tile;
-# the limits of the users (T, U); and which row of an array the sums go to (int32, user after user). They return a bit
-# for each sum above the limit of its user, the lowest that of the first user's first row. All lie in C order. To take
-# rows of arrays out here rather than there would count references to them at every turn.
+# Both take the blocks of vectors and those of standings (G, uint8, quads of ROWS rows) and which block; the weights of
+# the users in tiles (T, int32: of the vectors and then of the standings the HEAD and quad after quad, user after user
+# within each) and which tile; the limits of the users (T, U); and which row of an array the sums go to (int32, user
+# after user). They return a bit for each sum above the limit of its user, the lowest that of the first user's first
+# row. All lie in C order. To take rows of arrays out here rather than there would count references to them at every
+# turn.
 products_of_one = _products(1)
 products_of_four = _products(USERS)
 
@@ -149,3 +173,30 @@ def _trailing_zeros(typing: Any, value: Any) -> Any:
 
 
 trailing_zeros: Any = _trailing_zeros
+
+
+@intrinsic
+def _prefetch(typing: Any, rows: Any, row: Any) -> Any:
+    """Have the processor fetch a row of a two-dimensional array that will be looked at soon."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        kind = arguments[1].type
+        width = builder.mul(builder.extract_value(array.shape, 1), array.itemsize)
+        start = builder.gep(builder.bitcast(array.data, _I8.as_pointer()), [builder.mul(arguments[1], width)])
+        fetch = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]),
+            "llvm.prefetch.p0",
+        )
+        lines = builder.udiv(builder.add(width, ir.Constant(kind, LINE - 1)), ir.Constant(kind, LINE))
+        with cgutils.for_range(builder, lines) as loop:
+            place = builder.gep(start, [builder.mul(loop.index, ir.Constant(kind, LINE))])
+            # To be read, kept in all caches, of data.
+            builder.call(fetch, [place, _constant(0), _constant(3), _constant(1)])
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64), code
+
+
+prefetch: Any = _prefetch

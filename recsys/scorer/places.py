@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.compiled import compiled
-from recsys.scorer.lanes import PAIR_BYTES, ROWS
+from recsys.scorer.lanes import QUAD, QUAD_BYTES, ROWS
 
 NOBODY = -1
 
@@ -51,7 +51,7 @@ class Places:
         )
         # In the order of partitions, so that the blocks of each follow one another.
         order_R = np.argsort(partition_I, kind="stable")
-        nothing = np.zeros((0, 0), np.int8)
+        nothing = np.zeros((0, 0), np.uint8)
         _move(*found._arrays(), order_R, partition_I[order_R], nothing, nothing)
         return found
 
@@ -65,7 +65,9 @@ class Places:
         needed = min(changed, changed // ROWS + len(self.first_L))
         return rows <= len(self.place_I) and needed <= int(self.free_2[1])
 
-    def move(self, which_R: Longs, to_R: Integers, vectors_GP: NDArray[np.int8], standing_GP: NDArray[np.int8]) -> None:
+    def move(
+        self, which_R: Longs, to_R: Integers, vectors_GP: NDArray[np.uint8], standing_GP: NDArray[np.uint8]
+    ) -> None:
         """Move rows to these partitions; what follows to the places that they leave is moved in the blocks too."""
         _move(*self._arrays(), which_R, to_R, vectors_GP, standing_GP)
 
@@ -84,8 +86,8 @@ def _move(
     free_2: Integers,
     which_R: Longs,
     to_R: Integers,
-    vectors_GP: NDArray[np.int8],
-    standing_GP: NDArray[np.int8],
+    vectors_GP: NDArray[np.uint8],
+    standing_GP: NDArray[np.uint8],
 ) -> None:
     for number in range(len(which_R)):
         row, target = which_R[number], to_R[number]
@@ -117,9 +119,9 @@ def _move(
 
 
 @compiled
-def _copy(blocks_GP: NDArray[np.int8], source: int, target: int) -> None:
+def _copy(blocks_GP: NDArray[np.uint8], source: int, target: int) -> None:
     """Copy what a block says of one row to another row's place."""
-    for pair in range(0, blocks_GP.shape[1], PAIR_BYTES):
-        for half in range(2):
-            value = blocks_GP[source // ROWS, pair + 2 * (source % ROWS) + half]
-            blocks_GP[target // ROWS, pair + 2 * (target % ROWS) + half] = value
+    for quad in range(0, blocks_GP.shape[1], QUAD_BYTES):
+        for column in range(QUAD):
+            value = blocks_GP[source // ROWS, quad + QUAD * (source % ROWS) + column]
+            blocks_GP[target // ROWS, quad + QUAD * (target % ROWS) + column] = value

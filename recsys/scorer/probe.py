@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.compiled import compiled
-from recsys.scorer.lanes import ROWS, USERS, products_of_four, trailing_zeros
+from recsys.scorer.lanes import ROWS, USERS, trailing_zeros
 from recsys.scorer.marks import END
-from recsys.scorer.scan import NEVER, NOTHING, ROOM, limit
-from recsys.scorer.shortlist import HIDDEN, NO_KEY, exact, kth, look_closely, make_room
+from recsys.scorer.scan import NEVER, NOTHING, limit, look
+from recsys.scorer.shortlist import HIDDEN, exact, gather, look_closely, make_room, put
 
+# Rows kept before those that are no longer among the best are dropped, for each that is asked for.
+ROOM = 5
 # Blocks after which what a row must reach is looked at again.
 STRETCH = 16
 
@@ -26,10 +28,10 @@ Integers = NDArray[np.int32]
 
 @compiled
 def _tile(words_BP: Integers, users_U: NDArray[np.int64], first: int, count: int, words_1P: Integers) -> None:
-    """Write the weights of some users, USERS or fewer, as the products want them, user after user within each pair."""
-    for pair in range(words_BP.shape[1]):
+    """Write the weights of some users, USERS or fewer, as the products want them, user after user within each word."""
+    for word in range(words_BP.shape[1]):
         for place in range(count):
-            words_1P[0, pair * USERS + place] = words_BP[users_U[first + place], pair]
+            words_1P[0, word * USERS + place] = words_BP[users_U[first + place], word]
 
 
 @compiled
@@ -60,45 +62,41 @@ def _hold(
     above_Q: NDArray[np.uint64],
     sums_QR: Integers,
     blocks_Q: Integers,
-    count: int,
-    first: int,
-    user: int,
-    held: int,
+    users_U: NDArray[np.int64],
+    held_B: NDArray[np.int64],
+    threshold_B: NDArray[np.float64],
     keep: int,
-    constant: float,
-    step: float,
-    error: float,
-    threshold: float,
-) -> tuple[int, float]:
-    """Hold the rows of these blocks that have a bit, are not hidden and not marked."""
-    room = rough_BC.shape[1]
-    for place in range(count):
-        bits = np.int64((above_Q[place] >> np.uint64(first)) & np.uint64(0xFFFF))
+    constant_B: NDArray[np.float64],
+    step_B: NDArray[np.float64],
+    error_B: NDArray[np.float64],
+) -> None:
+    """Hold the rows of these blocks that have a bit, are not hidden and not marked, for some users."""
+    for place in range(len(blocks_Q)):
+        bits = above_Q[place]
         while bits:
-            lane = trailing_zeros(bits)
-            bits &= bits - 1
-            row = row_P[blocks_Q[place] * ROWS + lane]
-            rough = constant + step * sums_QR[place, first + lane]
-            if row < 0 or rough < threshold or hidden_I[row]:
-                continue
-            if _marked(marks_BN, user, row):
-                continue
-            rough_BC[user, held], place_BC2[user, held, 0], place_BC2[user, held, 1] = rough, row, -1
-            held += 1
-            if held == room:
-                held, threshold = make_room(
+            lane = trailing_zeros(np.int64(bits))
+            bits &= bits - np.uint64(1)
+            user, row = users_U[lane // ROWS], row_P[blocks_Q[place] * ROWS + lane % ROWS]
+            rough = constant_B[user] + step_B[user] * sums_QR[place, lane]
+            if (
+                row >= 0
+                and rough >= threshold_B[user]
+                and not hidden_I[row]
+                and not _marked(marks_BN, user, row)
+                and put(rough_BC, place_BC2, held_B, user, row, -1, rough)
+            ):
+                held_B[user], threshold_B[user] = make_room(
                     *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
-                    *(user, held, keep, error, threshold),
+                    *(user, held_B[user], keep, error_B[user], threshold_B[user]),
                 )
-    return held, threshold
 
 
 @compiled
 def _look(
     vectors_ID: Floats,
     standing_IS: Floats,
-    vectors_GP: NDArray[np.int8],
-    standing_GP: NDArray[np.int8],
+    vectors_GP: NDArray[np.uint8],
+    standing_GP: NDArray[np.uint8],
     weights_BV: Floats,
     words_BP: Integers,
     constant_B: NDArray[np.float64],
@@ -125,8 +123,7 @@ def _look(
     for first in range(0, wanting, USERS):
         count = min(USERS, wanting - first)
         _tile(words_BP, users_U, first, count, words_1P)
-        # The products take 64 bits.
-        block = np.int64(start)
+        block = start
         while block >= 0:
             limits_1U[:] = NEVER
             for place in range(count):
@@ -135,17 +132,13 @@ def _look(
             found = 0
             while block >= 0 and found < STRETCH:
                 blocks_Q[found] = block
-                above_Q[found] = products_of_four(
-                    vectors_GP, standing_GP, block, words_1P, 0, limits_1U, sums_QR, found
-                )
-                block, found = np.int64(next_G[block]), found + 1
-            for place in range(count):
-                user = users_U[first + place]
-                held_B[user], threshold_B[user] = _hold(
-                    *(vectors_ID, standing_IS, weights_BV, marks_BN, lifts_BN, hidden_I, row_P),
-                    *(rough_BC, place_BC2, keys_BC, above_Q, sums_QR, blocks_Q, found, ROWS * place, user),
-                    *(held_B[user], keep, constant_B[user], step_B[user], error_B[user], threshold_B[user]),
-                )
+                block, found = next_G[block], found + 1
+            look(vectors_GP, standing_GP, blocks_Q[:found], words_1P, 0, limits_1U, sums_QR, above_Q)
+            _hold(
+                *(vectors_ID, standing_IS, weights_BV, marks_BN, lifts_BN, hidden_I, row_P),
+                *(rough_BC, place_BC2, keys_BC, above_Q, sums_QR, blocks_Q[:found], users_U[first:]),
+                *(held_B, threshold_B, keep, constant_B, step_B, error_B),
+            )
 
 
 @compiled
@@ -162,37 +155,56 @@ def _look_at_marks(
     place_BC2: Integers,
     keys_BC: NDArray[np.int64],
     user: int,
-    held: int,
+    held_B: NDArray[np.int64],
+    threshold_B: NDArray[np.float64],
     keep: int,
     error: float,
-    threshold: float,
-) -> tuple[int, float]:
+) -> None:
     """Hold a user's marked rows by their scores, as far as there is hope of them."""
     for mark in range(marks_BN.shape[1]):
         row, lift = marks_BN[user, mark], lifts_BN[user, mark]
         if row == END:
             break
-        if lift <= HIDDEN or hidden_I[row] or hopes_BL[user, partition_I[row]] + lift < threshold:
+        reached = threshold_B[user] + error
+        if lift <= HIDDEN or hidden_I[row] or hopes_BL[user, partition_I[row]] + lift < reached:
             continue
         score = np.float64(exact(vectors_ID, standing_IS, row, weights_BV, user) + lift)
-        if score < threshold:
-            continue
-        rough_BC[user, held], place_BC2[user, held, 0], place_BC2[user, held, 1] = score, row, mark
-        held += 1
-        if held == rough_BC.shape[1]:
-            held, threshold = make_room(
+        if score >= reached and put(rough_BC, place_BC2, held_B, user, row, mark, score):
+            held_B[user], threshold_B[user] = make_room(
                 *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
-                *(user, held, keep, error, threshold),
+                *(user, held_B[user], keep, error, threshold_B[user]),
             )
-    return held, threshold
+
+
+@compiled
+def _tell_apart(
+    vectors_ID: Floats,
+    standing_IS: Floats,
+    weights_BV: Floats,
+    lifts_BN: Floats,
+    rough_BC: NDArray[np.float64],
+    place_BC2: Integers,
+    keys_BC: NDArray[np.int64],
+    user: int,
+    held_B: NDArray[np.int64],
+    threshold_B: NDArray[np.float64],
+    keep: int,
+    error: float,
+) -> None:
+    """Look closely at what a user has found so far; from then on a row must reach an error less than the last of it."""
+    held_B[user], reached = look_closely(
+        *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
+        *(user, held_B[user], keep, error),
+    )
+    threshold_B[user] = max(threshold_B[user], reached - error)
 
 
 @compiled
 def best(
     vectors_ID: Floats,
     standing_IS: Floats,
-    vectors_GP: NDArray[np.int8],
-    standing_GP: NDArray[np.int8],
+    vectors_GP: NDArray[np.uint8],
+    standing_GP: NDArray[np.uint8],
     weights_BV: Floats,
     words_BP: Integers,
     constant_B: NDArray[np.float64],
@@ -213,7 +225,7 @@ def best(
     users, partitions = hopes_BL.shape
     room = ROOM * keep + 2 * ROWS
     rough_BC, place_BC2 = np.empty((users, room), np.float64), np.empty((users, room, 2), np.int32)
-    keys_BC = np.full((users, room), NO_KEY, np.int64)
+    keys_BC = np.empty((users, room), np.int64)
     held_B, threshold_B = np.zeros(users, np.int64), np.full(users, -np.inf)
     users_U = np.empty(users, np.int64)
     memory = (
@@ -228,7 +240,9 @@ def best(
             wanting = 0
             for user in range(users):
                 hope = hopes_BL[user, partition]
-                if (first_B[user] > hope >= threshold_B[user]) if everywhere else (hope >= first_B[user]):
+                # What is among the best reaches an error more than the threshold.
+                needed = threshold_B[user] + error_B[user]
+                if (first_B[user] > hope >= needed) if everywhere else (hope >= first_B[user]):
                     users_U[wanting] = user
                     wanting += 1
             if wanting and first_L[partition] >= 0:
@@ -238,17 +252,20 @@ def best(
                     *(first_L[partition], users_U, wanting, held_B, threshold_B, rough_BC, place_BC2, keys_BC, memory),
                 )
         for user in range(users if not everywhere else 0):
-            held_B[user], threshold_B[user] = _look_at_marks(
-                *(vectors_ID, standing_IS, weights_BV, marks_BN, lifts_BN, hidden_I, hopes_BL, partition_I),
-                *(rough_BC, place_BC2, keys_BC, user, held_B[user], keep, error_B[user], threshold_B[user]),
-            )
-            if held_B[user] > keep:
-                reached = kth(rough_BC, user, held_B[user], keep) - 2.0 * error_B[user]
-                threshold_B[user] = max(threshold_B[user], reached)
+            for found in range(2):
+                _tell_apart(
+                    *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
+                    *(user, held_B, threshold_B, keep, error_B[user]),
+                )
+                if not found:
+                    _look_at_marks(
+                        *(vectors_ID, standing_IS, weights_BV, marks_BN, lifts_BN, hidden_I, hopes_BL, partition_I),
+                        *(rough_BC, place_BC2, keys_BC, user, held_B, threshold_B, keep, error_B[user]),
+                    )
     for user in range(users):
-        held = look_closely(
+        _tell_apart(
             *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
-            *(user, held_B[user], keep, error_B[user]),
+            *(user, held_B, threshold_B, keep, error_B[user]),
         )
-        keys_BC[user, held:] = NO_KEY
-    return keys_BC
+    found_BC: NDArray[np.int64] = gather(keys_BC, held_B, keep)
+    return found_BC

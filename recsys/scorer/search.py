@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recsys.item_table import ItemTable
 from recsys.network import LIFTS
-from recsys.scorer import probe, scan, shortlist
+from recsys.scorer import probe, rough, scan, shortlist
 from recsys.scorer.items import Items
 from recsys.scorer.lanes import USERS
 from recsys.scorer.marks import Marks
@@ -63,13 +63,14 @@ class Search:
         for each in {id(each): each for each in hidden}.values():
             users = np.array([place for place, other in enumerate(hidden) if other is each])
             alike_BV = users_BV[users]
-            whole = scan.whole_weights(
+            whole = rough.whole_weights(
                 alike_BV,
                 np.concatenate([vectors.centre_D, standing.centre_D]),
                 np.concatenate([vectors.scale_D, standing.scale_D]),
                 states_BD.shape[1],
                 (vectors.lost, standing.lost),
                 (vectors.longest, standing.longest),
+                (vectors.widest, standing.widest),
                 1 if items.partitions or len(users) == 1 else USERS,
             )
             looked_at = (

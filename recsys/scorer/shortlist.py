@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.compiled import compiled
-from recsys.scorer.lanes import ROWS
+from recsys.scorer.lanes import ROWS, prefetch
 
 # Below any real score, and past the key of any.
 HIDDEN = -1e9
 NO_KEY = 2**63 - 1
 SIGN = -(2**31)
+# Rows that are being fetched while one is looked at closely.
+AHEAD = 16
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
@@ -27,37 +29,40 @@ Integers = NDArray[np.int32]
 @compiled
 def exact(vectors_ID: Floats, standing_IS: Floats, row: int, weights_BV: Floats, user: int) -> np.float32:
     """Return the score of a row for a user without what the transition memory adds."""
+    # Indices from nought on, or numba asks of each whether it is negative.
+    vector_D, standing_S, weights_V = vectors_ID[row], standing_IS[row], weights_BV[user]
+    weights_S = weights_V[len(vector_D) :]
     total = np.float32(0.0)
-    width = vectors_ID.shape[1]
-    for column in range(width):
-        total += vectors_ID[row, column] * weights_BV[user, column]
-    for column in range(standing_IS.shape[1]):
-        total += standing_IS[row, column] * weights_BV[user, width + column]
+    for column in range(len(vector_D)):
+        total += vector_D[column] * weights_V[column]
+    for column in range(len(standing_S)):
+        total += standing_S[column] * weights_S[column]
     return total
 
 
 @compiled
 def _smallest(values_C: Any, count: int, place: int) -> Any:
-    """Return what would stand at `place` were the first `count` values sorted; they are left in any order (Hoare)."""
-    low, high = 0, count - 1
-    while low < high:
-        pivot = values_C[(low + high) // 2]
-        left, right = low, high
-        while left <= right:
-            while values_C[left] < pivot:
-                left += 1
-            while values_C[right] > pivot:
-                right -= 1
-            if left <= right:
-                values_C[left], values_C[right] = values_C[right], values_C[left]
-                left, right = left + 1, right - 1
-        if place <= right:
-            high = right
-        elif place >= left:
-            low = left
-        else:
-            break
-    return values_C[place]
+    """Return what would stand at `place` were the first `count` values sorted; they are left in any order.
+
+    As Hoare's selection; but what is exchanged does not depend on a comparison that the processor would have to guess.
+    """
+    low, high = 0, count
+    while True:
+        pivot, first = values_C[(low + high) // 2], low
+        for here in range(low, high):
+            value = values_C[here]
+            values_C[here], values_C[first] = values_C[first], value
+            first += value < pivot
+        if place < first:
+            high = first
+            continue
+        low = first
+        for here in range(first, high):
+            value = values_C[here]
+            values_C[here], values_C[low] = values_C[low], value
+            low += value == pivot
+        if place < low:
+            return pivot
 
 
 @compiled
@@ -89,29 +94,40 @@ def look_closely(
     count: int,
     keep: int,
     error: float,
-) -> int:
-    """Write the keys of those rows that may be among the best `keep`, and move them to the front; return how many."""
+) -> tuple[int, float]:
+    """Write the keys of those rows that may be among the best `keep`, and move them to the front.
+
+    Return how many these are, and a score that `keep` of them reach.
+    """
     needed, held = -np.inf, 0
     middle = kth(rough_BC, user, count, keep) if count > keep else -np.inf
     # First those that are the best roughly: the rest needs a look only where it may be better than the last of them.
     for first in (True, False):
-        least = np.inf
+        chosen = held
         for place in range(held, count):
             rough = rough_BC[user, place]
             if (rough < middle) if first else (rough + error < needed):
                 continue
+            rough_BC[user, place], rough_BC[user, chosen] = rough_BC[user, chosen], rough
+            for part in range(2):
+                other = place_BC2[user, place, part]
+                place_BC2[user, place, part] = place_BC2[user, chosen, part]
+                place_BC2[user, chosen, part] = other
+            chosen += 1
+        least = np.inf
+        for place in range(held, chosen):
+            ahead = place_BC2[user, min(place + AHEAD, chosen - 1), 0]
+            prefetch(vectors_ID, ahead)
+            prefetch(standing_IS, ahead)
             row, mark = place_BC2[user, place, 0], place_BC2[user, place, 1]
             score = exact(vectors_ID, standing_IS, row, weights_BV, user)
             if mark >= 0:
                 score += lifts_BN[user, mark]
             least = min(least, np.float64(score))
-            rough_BC[user, place], rough_BC[user, held] = rough_BC[user, held], rough
-            place_BC2[user, place, 0], place_BC2[user, place, 1] = place_BC2[user, held, 0], place_BC2[user, held, 1]
-            place_BC2[user, held, 0], place_BC2[user, held, 1] = row, mark
-            keys_BC[user, held] = _key(score, row)
-            held += 1
-        needed = least
-    return held
+            keys_BC[user, place] = _key(score, row)
+        held = chosen
+        needed = least if first else needed
+    return held, needed if held >= keep else -np.inf
 
 
 def in_order(keys_BC: NDArray[np.int64], keep: int) -> tuple[Floats, NDArray[np.int64]]:
@@ -146,7 +162,7 @@ def make_room(
     last = np.int64(NO_KEY)
     for closely in (False, True):
         if closely:
-            held = look_closely(
+            held, _ = look_closely(
                 *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC, user, held, keep, error)
             )
             last = _smallest(keys_BC[user, :held].copy(), held, keep - 1)
@@ -162,3 +178,33 @@ def make_room(
         if held <= rough_BC.shape[1] - ROWS:
             break
     return held, max(threshold, least - 2.0 * error) if last != NO_KEY else threshold
+
+
+@compiled
+def put(
+    rough_BC: NDArray[np.float64],
+    place_BC2: Integers,
+    held_B: NDArray[np.int64],
+    user: int,
+    row: int,
+    mark: int,
+    rough: float,
+) -> bool:
+    """Hold a row for a user with its rough score and its mark, -1 if it has none; tell whether no room is left."""
+    held = held_B[user]
+    rough_BC[user, held], place_BC2[user, held, 0], place_BC2[user, held, 1] = rough, row, mark
+    held_B[user] = held + 1
+    return bool(held + 1 == rough_BC.shape[1])
+
+
+@compiled
+def gather(keys_BC: NDArray[np.int64], count_B: NDArray[np.int64], keep: int) -> NDArray[np.int64]:
+    """Return so many keys of each user, NO_KEY beside them, at least `keep` for each."""
+    most = keep
+    for user in range(len(count_B)):
+        most = max(most, count_B[user])
+    found_BC = np.empty((len(count_B), most), np.int64)
+    for user in range(len(count_B)):
+        for place in range(most):
+            found_BC[user, place] = keys_BC[user, place] if place < count_B[user] else NO_KEY
+    return found_BC
