@@ -23,7 +23,7 @@ from recsys.cli.settings_flags import class_text
 from recsys.cli.system import environment_of
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
-from recsys.weights import Lineage, WeightStore
+from recsys.weights import Lineage, ObjectionRecord, WeightStore
 
 SECONDS = 30
 
@@ -303,6 +303,18 @@ def test_status_answers_the_three_questions(settings: Settings, status: Callable
         # Version 2 was committed long ago, and 1 is served still.
         assert levels(found)[1] == "problem"
         assert "version 2 stands, but 1 is served" in status(*server)
+
+
+def test_status_names_the_version_that_is_held(settings: Settings, status: Callable[..., Any]) -> None:
+    with serve(settings) as running:
+        commit_versions(running, 2)
+        weights = WeightStore(running.store, settings)
+        assert json.loads(status("--server", running.target, "--json"))["held_version"] is None
+        weights.write_objection(ObjectionRecord(version=3, times=1, reason="ranks worse", time_ms=0))
+        found = json.loads(status("--server", running.target, "--json"))
+        told = {"version": 3, "times": 1, "reason": "it ranks worse", "time": "1970-01-01T00:00:00Z"}
+        assert found["held_version"] == told
+        assert "version 3 is held: it ranks worse" in status("--server", running.target)
 
 
 def test_status_names_what_is_wrong_with_accuracy_and_drift(settings: Settings, status: Callable[..., Any]) -> None:

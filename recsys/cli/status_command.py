@@ -108,6 +108,7 @@ def _look(client: Client) -> dict[str, Any]:
         "newest_verdict": newest.get("verdict"),
         "newest_reason": newest.get("reason"),
         "freshness_seconds": freshness,
+        "held_version": _held(found),
         "items": found.items,
         "feedback_learned": found.feedback_learned,
         "backlog": found.backlog,
@@ -131,6 +132,14 @@ def _look(client: Client) -> dict[str, Any]:
         "software_version": found.software_version,
         "feedback_classes": list(found.feedback_classes),
     }
+
+
+def _held(found: GetStatusResponse) -> dict[str, Any] | None:
+    """Describe the version that is held back at present."""
+    if not found.HasField("held_version"):
+        return None
+    held = found.held_version
+    return {"version": held.version, "times": held.times, "reason": held.reason, "time": time_text(held.held_time)}
 
 
 def _freshness_seconds(found: GetStatusResponse, versions: Sequence[Version]) -> float | None:
@@ -159,6 +168,8 @@ def _facts(found: GetStatusResponse, versions: Sequence[Version], freshness: flo
         newest_committed_ms=found.newest_committed_time.ToMilliseconds(),
         newest_verdict=version_facts(newest)["verdict"] if newest else "",
         newest_reason=newest.reason if newest else "",
+        held_times=found.held_version.times,
+        held_reason=found.held_version.reason,
         feedback_learned=newest.feedback_learned if newest else found.feedback_learned,
         backlog=max(0, found.backlog),
         paused=found.learning_paused,
