@@ -5,6 +5,7 @@ rates rise while accuracy is down, if the setting `drift_boost` says so.
 """
 
 from trainer.drift.drift import Drift
+from trainer.drift.misled import CHOICES
 from trainer.drift.names import (
     DETECTED,
     DRIFT,
@@ -20,6 +21,7 @@ from trainer.drift.names import (
 )
 
 __all__ = [
+    "CHOICES",
     "DETECTED",
     "DRIFT",
     "ITEM_VECTORS",
