@@ -144,6 +144,8 @@ class Learner:
 
         These showed that the rest misleads: to fade with it is to forget what is true now, and costs most of the gain.
         """
+        if by == 1:
+            return
         newest = self.window.newest(RECENT)
         chosen = np.flatnonzero(self._positive[newest.class_B] & (newest.item_B != PADDING_ROW))[-RECOUNTED:]
         recounted = newest.take(chosen)
