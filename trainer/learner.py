@@ -28,7 +28,7 @@ from recsys.weights.payload import NewItems
 from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
 from trainer.contents import CONTENT_COLUMNS, Contents
-from trainer.drift import CHOICES, DRIFT, MISLED, TRANSITIONS, Drift
+from trainer.drift import CATEGORY_MEMORY, CHOICES, DRIFT, MISLED, TRANSITIONS, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
 from trainer.full_ranking import MASKED
 from trainer.hindsight import Hindsight
@@ -127,7 +127,8 @@ class Learner:
         if not again:
             self._count(examples, followed)
             self.remember(examples, self.table.clock)
-            report.drifted = self.drift.observe(examples, report, len(self.table))
+            categories_BK = self.contents.digests(examples.item_B)
+            report.drifted = self.drift.observe(examples, report, len(self.table), categories_BK)
             if TRANSITIONS in report.drifted:
                 self.fade(self.settings.drift_fading)
         # Synchronises with the GPU: what was found leaves for the metrics.
@@ -292,7 +293,7 @@ class Learner:
             column = self.table.columns[name]
             fits(name, own.columns[name], (len(own.rows), *column.shape[1:]), column.dtype)
         self.drift.check(own.dense)
-        known = (STEPS, FOLLOWED, DRIFT, MISLED)
+        known = (STEPS, FOLLOWED, DRIFT, MISLED, CATEGORY_MEMORY)
         self.strategies.check({name: array for name, array in own.dense.items() if name not in known})
 
     def take_changed(self) -> Tensor:
