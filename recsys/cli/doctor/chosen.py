@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from recsys.cli.doctor.finding import Finding
+from recsys.cli.output import size
 from recsys.condition import duration
 from recsys.errors import SettingsError
 from recsys.server import check_exposure
@@ -83,8 +84,8 @@ def _capacity(settings: Settings) -> Iterator[Finding]:
     needed = settings.replay_capacity * RECORD_BYTES
     if needed > settings.log_max_bytes:
         found = (
-            f"replay_capacity = {settings.replay_capacity:,} takes about {needed:,} bytes of the log, and "
-            f"log_max_bytes is {settings.log_max_bytes:,}: the log fills up and feedback is refused"
+            f"replay_capacity = {settings.replay_capacity:,} takes about {size(needed)} of the log, and "
+            f"log_max_bytes is {size(settings.log_max_bytes)}: the log fills up and feedback is refused"
         )
         yield Finding("settings", "problem", found, "raise log_max_bytes or lower replay_capacity")
     cores = os.cpu_count() or 1
