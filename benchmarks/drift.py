@@ -21,10 +21,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,15 @@ class Turning(Audience):
 class Feed:
     """A stream of feedback in memory, as a file would be."""
 
-    def __init__(self, classes: Any, chunk: Chunk, contexts: list[dict[str, str]]) -> None:
-        self.classes, self._chunk, self._contexts = classes, chunk, contexts
+    def __init__(
+        self,
+        classes: Any,
+        chunk: Chunk,
+        contexts: list[dict[str, str]],
+        contents: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
+        """`contents` are the categories of items, as a catalogue would tell them beforehand."""
+        self.classes, self._chunk, self._contexts, self.contents = classes, chunk, contexts, contents
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield all of it."""
@@ -97,6 +105,7 @@ def simulated(seed: int, events: int, plan: Plan) -> Feed:
         CLASS_PRESETS["clicks"],
         Chunk(lines, user_ids, item_ids, np.ones(events, np.int64), 10_000 * (1 + lines)),
         [{}] * events,
+        {item.item_id: list(item.categories) for item in audience.items()},
     )
 
 
@@ -133,6 +142,7 @@ def record(feed: Any, events: int, batch_size: int) -> Trace:
     """Let a learner go over a stream."""
     settings = settings_for(feed, batch_size=batch_size)
     learner = Learner(settings, torch.device("cpu"))
+    known = 1
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*MIXES, *LEVELS)}
     done: dict[str, list[np.ndarray]] = {name: [] for name in parts}
     feedback = 0
@@ -140,10 +150,14 @@ def record(feed: Any, events: int, batch_size: int) -> Trace:
         examples = encode([case.event for case in batch], settings)
         report = learner.step(examples, [case.seen for case in batch])
         numbers = levels(examples, report, len(learner.table))
-        for name, values in {**mixes(examples, numbers["item_loss"]), **numbers}.items():
+        categories_BK = learner.contents.digests(examples.item_B)
+        for name, values in {**mixes(examples, numbers["item_loss"], categories_BK), **numbers}.items():
             parts[name].append(values)
             # Within a batch by its share: what is left out of a stream is spread evenly enough.
             done[name].append(feedback + len(batch) * (1 + np.arange(len(values))) // max(1, len(values)))
+        # Told of an item when it has its row, so that what is unknown stays so.
+        learner.catalogue({item_id: feed.contents.get(item_id, ()) for item_id in learner.table.item_ids[known:]})
+        known = learner.table.rows
         feedback += len(batch)
     join = {name: np.concatenate(part) for name, part in parts.items()}
     return Trace(join, {name: np.concatenate(part) for name, part in done.items()}, feedback)

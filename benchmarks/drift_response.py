@@ -119,7 +119,7 @@ def followed(steps: Steps, learner: Learner, first: int, *, always: bool) -> dic
     for feedback, hit_P, drifted in steps:
         hits.extend(hit_P.astype(int).tolist())
         if always and (feedback - first) % ALWAYS_EVERY == 0:
-            learner.table.fade_transitions(0.2)
+            learner.fade(0.2)
         if TRANSITIONS in drifted:
             found.append(len(hits))
     return {"hits": hits, "found": found}

@@ -47,6 +47,9 @@ class Facts:
     newest_committed_ms: int = 0
     newest_verdict: str = ""
     newest_reason: str = ""
+    # How often the version after the newest was held so far, and why the last time.
+    held_times: int = 0
+    held_reason: str = ""
     feedback_learned: int = 0
     backlog: int = 0
     paused: bool = False
@@ -115,10 +118,12 @@ def _verdict(topic: Topic, found: Sequence[Finding], otherwise: Verdict) -> Verd
 
 def _accuracy_sentence(facts: Facts) -> Verdict:
     ours, theirs = facts.metrics.get(ACCURACY), facts.metrics.get(BESIDE)
-    if ours is None or theirs is None or facts.feedback_learned < LEAST_FEEDBACK:
+    if facts.feedback_learned < LEAST_FEEDBACK:
         return Verdict(
             "unknown", f"too early to tell: {facts.feedback_learned:,} feedback learned, {LEAST_FEEDBACK:,} are needed"
         )
+    if ours is None or theirs is None:
+        return Verdict("unknown", "the newest version was not measured on any choice")
     if theirs <= 0:
         return Verdict("ok", f"{ours:.1%} of choices were among the first ten, popularity has none")
     return Verdict("ok", f"{ours / theirs:.1f} times as often right as popularity")
@@ -160,6 +165,13 @@ def _good(facts: Facts) -> Iterator[Finding]:
             "What users do or items are offered has changed. Watch accuracy: it should recover as the new is learned. "
             "If a release or an import caused it, correct that first.",
             "recsys versions show VERSION",
+        )
+    if facts.held_times:
+        yield Finding(
+            *("good", "warning", f"version {facts.newest_version + 1} is held: {facts.held_reason}"),
+            f"The one before is served meanwhile. It was held {times(facts.held_times)}, and is judged again with "
+            "each batch that comes; what stays worse is set aside. Look for a burst of bad feedback.",
+            "recsys status --watch",
         )
     if facts.newest_verdict in ("set aside", "rolled back"):
         yield Finding(
@@ -278,6 +290,11 @@ def duration(seconds: float) -> str:
         if seconds < bound:
             return f"{seconds / size:.2g} {unit}" if seconds / size < 10 else f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86_400:.0f} days"
+
+
+def times(number: int) -> str:
+    """Write how often."""
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
 def verdict(kind: str, reason: str, version: int, restored: int) -> str:

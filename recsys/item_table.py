@@ -310,10 +310,14 @@ class ItemTable:
         rows_BN = self.columns["successor"][history_BK].to(torch.int64).view(batch, -1)
         return Transitions(history_BK, rows_BN, weight_BKM.view(batch, -1), next_BKM.view(batch, -1))
 
-    def fade_transitions(self, by: float) -> Tensor:
-        """Multiply all that followed items by a factor; return the rows that changed, ascending."""
+    def fade_transitions(self, by: float, history_BK: Tensor, item_B: Tensor) -> Tensor:
+        """Multiply all that followed items by a factor, then count some choices anew; return changed rows, ascending.
+
+        Each choice comes with its history, latest first; none may be of an item without a row.
+        """
         weights_IM = self.column("successor_weight")
         weights_IM *= by
+        self._count_transitions(history_BK, item_B)
         return weights_IM.any(1).nonzero()[:, 0]
 
     def count(self, history_BK: Tensor, item_B: Tensor, positive_B: Tensor, class_B: Tensor) -> Tensor:

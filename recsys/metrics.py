@@ -16,6 +16,7 @@ from recsys.call_metrics import CallMetrics
 from recsys.recommendation_id import RecommendationId
 from recsys.served_lists import OTHER, ServedLists
 from recsys.stages import FRESHNESS_BUCKETS, FRESHNESS_HELP, FRESHNESS_METRIC, SERVER_STAGES, ServerStage
+from recsys.tls import CERTIFICATES
 from recsys.v1 import catalog_pb2, model_pb2, recommender_pb2
 
 # The names of grpc.StatusCode, in the order of their numbers.
@@ -105,6 +106,12 @@ class ServerMetrics:
         self._store_reachable = Gauge(
             "recsys_store_reachable", "1 while the store answers within its timeout, else 0.", registry=registry
         )
+        self._certificates = Gauge(
+            "recsys_certificate_expiry_timestamp_seconds",
+            "When the first certificate expires in the file that a setting names, as it was read at start; 0: no file.",
+            ["setting"],
+            registry=registry,
+        )
         self._export_zeros()
 
     def rpc_started(self, service: str, method: str) -> None:
@@ -180,7 +187,13 @@ class ServerMetrics:
         """Record whether the store answers."""
         self._store_reachable.set(reachable)
 
+    def certificate_expires(self, setting: str, seconds: float) -> None:
+        """Record when a certificate expires, in seconds since 1970; `setting` is one of CERTIFICATES."""
+        self._certificates.labels(setting).set(seconds)
+
     def _export_zeros(self) -> None:
+        for setting in CERTIFICATES:
+            self._certificates.labels(setting)
         for field in (*FIELDS, OTHER):
             self._refused.labels(field)
         for stage in SERVER_STAGES:

@@ -45,6 +45,7 @@ from recsys.settings import Settings, bracketed, is_loopback
 from recsys.store.connection import connect
 from recsys.store.durability import check_durability
 from recsys.store.inspection import inspect
+from recsys.tls import CERTIFICATES, Named, expiries
 from recsys.v1 import catalog_pb2, model_pb2, recommender_pb2
 from recsys.weights import WeightStore
 from recsys.weights.shared import SharedWeights
@@ -117,6 +118,8 @@ class Server:
             await asyncio.to_thread(self._close)
             raise
         self.port = self._transport.port
+        for setting, expires in expiries(Named(name, getattr(settings, name)) for name in CERTIFICATES).items():
+            self._parts.metrics.certificate_expires(setting, expires)
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._transport.start()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from learning import append, learn_all, make_feedback, small, tick
-from serving import commit_versions, serve
+from serving import Running, commit_versions, serve
 from stores import OwnStore
 
 from recsys.cli import main
@@ -23,7 +31,7 @@ from recsys.cli.settings_flags import class_text
 from recsys.cli.system import environment_of
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
-from recsys.weights import Lineage, WeightStore
+from recsys.weights import Lineage, ObjectionRecord, WeightStore
 
 SECONDS = 30
 
@@ -305,6 +313,18 @@ def test_status_answers_the_three_questions(settings: Settings, status: Callable
         assert "version 2 stands, but 1 is served" in status(*server)
 
 
+def test_status_names_the_version_that_is_held(settings: Settings, status: Callable[..., Any]) -> None:
+    with serve(settings) as running:
+        commit_versions(running, 2)
+        weights = WeightStore(running.store, settings)
+        assert json.loads(status("--server", running.target, "--json"))["held_version"] is None
+        weights.write_objection(ObjectionRecord(version=3, times=1, reason="ranks worse", time_ms=0))
+        found = json.loads(status("--server", running.target, "--json"))
+        told = {"version": 3, "times": 1, "reason": "it ranks worse", "time": "1970-01-01T00:00:00Z"}
+        assert found["held_version"] == told
+        assert "version 3 is held: it ranks worse" in status("--server", running.target)
+
+
 def test_status_names_what_is_wrong_with_accuracy_and_drift(settings: Settings, status: Callable[..., Any]) -> None:
     metrics = {"hr_at_10": 0.05, "popularity_hr_at_10": 0.1, "drift_item_mix_psi": 0.3, "drift_item_mix_detected": 1.0}
     with serve(settings) as running:
@@ -317,5 +337,65 @@ def test_status_names_what_is_wrong_with_accuracy_and_drift(settings: Settings, 
         assert found["drift"] == {"drift_item_mix_psi": 0.3, "drift_item_mix_detected": 1.0}
         assert any(each["title"] == "drift: item mix" for each in found["condition"]["findings"])
         shown = status("--server", running.target)
-        assert "drift_item_mix_psi" in shown
-        assert "0.0500" in shown
+        assert "0.0500 of choices among the first ten, popularity 0.1000" in shown
+        # With all that was found it fits a terminal of 24 lines.
+        assert len(shown.splitlines()) < 24
+
+
+@contextmanager
+def watching(running: Running, *arguments: str, output: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """Run `recsys status --watch` until it is interrupted, as by Ctrl-C."""
+    command = [sys.executable, "-m", "recsys", "status", "--watch", "--server", running.target, *arguments]
+    with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+            process.send_signal(signal.SIGINT)
+            assert process.wait(SECONDS) == 0
+        finally:
+            process.kill()
+
+
+def test_status_is_renewed_through_changes_and_the_servers_end(settings: Settings) -> None:
+    with serve(settings) as running, watching(running, "--json") as process:
+        assert process.stdout is not None
+        lines = map(json.loads, process.stdout)
+        assert next(lines)["learning_paused"] is False
+        WeightStore(running.store, settings).pause(True)
+        assert next(found for found in lines if found["learning_paused"])["serving"] is True
+        running.stop()
+        found = next(found for found in lines if not found["serving"])
+        assert found["problem"]
+
+
+def test_status_is_renewed_in_place_in_a_terminal(settings: Settings) -> None:
+    ours, theirs = os.openpty()
+    # Rows and columns.
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    shown = bytearray()
+
+    def read() -> None:
+        # Ends when nobody can write there any more.
+        with suppress(OSError):
+            while True:
+                shown.extend(os.read(ours, 1 << 16))
+
+    def until(text: bytes) -> None:
+        deadline = time.monotonic() + SECONDS
+        while text not in shown:
+            assert time.monotonic() < deadline, shown.decode()
+            time.sleep(0.05)
+
+    reader = threading.Thread(target=read)
+    with serve(settings) as running, watching(running, output=theirs):
+        os.close(theirs)
+        reader.start()
+        until(b"durability")
+        assert b"learning is paused" not in shown
+        WeightStore(running.store, settings).pause(True)
+        until(b"learning is paused")
+        # What stood there was gone over, line by line.
+        assert b"\x1b[1A\x1b[2K" in shown
+        running.stop()
+        until(b"no answer")
+    reader.join(SECONDS)
+    os.close(ours)

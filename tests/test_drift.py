@@ -217,7 +217,9 @@ def test_what_is_taken_from_a_batch(settings: Settings) -> None:
         "unknown_items": [1, 0, 0],
         "new_users": [1, 0, 0, 0],
     }
-    bins = mixes(examples, numbers["item_loss"])
+    # Of two items nothing is known, one is of two categories.
+    categories_BK = np.array([[0, 0], [65, 7], [-1, 0], [0, 0]])
+    bins = mixes(examples, numbers["item_loss"], categories_BK)
     assert bins.pop("item_mix").tolist() == [(row * 2654435761 % 2**32) >> 27 for row in (1, 2, 3, 4)]
     assert {name: values.tolist() for name, values in bins.items()} == {
         "class_mix": [0, 0, 0, 0],
@@ -226,6 +228,7 @@ def test_what_is_taken_from_a_batch(settings: Settings) -> None:
         "time_gap": [3, 0, 9],
         # 5.4 nats above chance, and far below it.
         "score": [9, 0],
+        "category_mix": [1, 7, 31],
     }
 
 

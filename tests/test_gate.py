@@ -150,6 +150,13 @@ def test_what_stays_worse_is_set_aside_and_learning_goes_on_behind_it(settings: 
         tick(base)
         daemon.step()
         assert registry.get_sample_value("recsys_versions_held_total") == turn + 1
+        held = weights.objection()
+        if turn == 0:
+            # Whoever looks while it is held sees which one, how often and why.
+            assert held is not None
+            assert (held.version, held.times) == (head.version + 1, 1)
+            assert "position whose norm grew" in held.reason
+    assert held is None, "another version stands in its place"
     record = weights.head()
     assert record is not None
     assert (record.version, record.kind, record.restored_version) == (head.version + 1, "rollback", head.version)

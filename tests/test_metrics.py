@@ -33,7 +33,7 @@ PLAIN = {
 LABELS = {
     *("grpc_type", "grpc_service", "grpc_method", "grpc_code", "field", "source", "reason", "stage", "part"),
     *("position", "outcome", "versions_behind", "history", "slice", "stream", "measure"),
-    *("window", "k", "method", "version", "python_version", "device", "device_name", "le"),
+    *("setting", "window", "k", "method", "version", "python_version", "device", "device_name", "le"),
 }
 RECOMMENDER = "recsys.v1.RecommenderService"
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"

@@ -18,7 +18,7 @@ from recsys.store.connection import connect
 from recsys.weights import WeightStore
 from trainer.drift import TRANSITIONS
 from trainer.drift.misled import CHOICES, LEAST_GAIN, LEAST_SPREAD, MOST_SPREAD, Misled
-from trainer.learner import Learner
+from trainer.learner import RECOUNTED, Learner
 
 FADING = 0.2
 ITEMS = 100
@@ -97,17 +97,39 @@ def test_noise_hardly_ever_misleads(seed: int) -> None:
 # The item table
 
 
-def test_fading_multiplies_what_followed_items_and_nothing_else() -> None:
+NOTHING = torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+
+
+def _counted() -> ItemTable:
     table = ItemTable(4, 8)
     table.allocate(f"item-{n}" for n in range(6))
     history_BK = torch.tensor([[1, 2, 0], [2, 3, 1]])
     table.count(history_BK, torch.tensor([3, 4]), torch.tensor([True, True]), torch.tensor([1, 1]))
+    return table
+
+
+def test_fading_multiplies_what_followed_items_and_nothing_else() -> None:
+    table = _counted()
     before = {name: column.clone() for name, column in table.columns.items()}
-    changed = table.fade_transitions(FADING)
+    changed = table.fade_transitions(FADING, *NOTHING)
     # Items 5 and 6 neither followed nor were followed.
     assert changed.tolist() == [1, 2, 3, 4]
     torch.testing.assert_close(table.columns["successor_weight"], FADING * before.pop("successor_weight"))
     assert all(torch.equal(table.columns[name], column) for name, column in before.items())
+
+
+def test_what_is_counted_anew_has_not_faded() -> None:
+    table, other = _counted(), _counted()
+    newest = torch.tensor([[5, 0, 0], [4, 5, 0]]), torch.tensor([4, 6])
+    changed = table.fade_transitions(FADING, *newest)
+    assert changed.tolist() == [1, 2, 3, 4, 5, 6]
+    other.fade_transitions(FADING, *NOTHING)
+    other.count(*newest, torch.tensor([True, True]), torch.tensor([1, 1]))
+    for name in ("successor", "successor_weight"):
+        assert torch.equal(table.columns[name], other.columns[name])
+    # Nothing else is counted twice, and no time passes.
+    assert (table.clock, other.clock) == (2, 4)
+    assert torch.equal(table.columns["total"], _counted().columns["total"])
 
 
 def test_what_leads_to_an_item_is_its_part_of_what_leads_anywhere() -> None:
@@ -128,7 +150,8 @@ def test_what_leads_to_an_item_is_its_part_of_what_leads_anywhere() -> None:
 COUNT, CHANGED, USERS, RING = 3500, 3072, 7, 60
 
 
-def _log_with_names_exchanged(base: Settings) -> None:
+def _log_with_names_exchanged(base: Settings) -> list[str]:
+    """Append what users chose; return the items."""
     random = np.random.default_rng(1)
     names = random.permutation(RING)
     places = random.integers(0, RING, USERS)
@@ -139,22 +162,25 @@ def _log_with_names_exchanged(base: Settings) -> None:
         item = names[places[user]] if number >= CHANGED else places[user]
         feedback.append(Feedback(f"user-{user}", f"item-{item}", "click", START_MS + 1000 * number))
     append(base, feedback)
+    return [each.item_id for each in feedback]
 
 
 def test_what_followed_items_fades_after_a_change_alone_and_every_trainer_does_the_same(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = small(settings, batch_size=64, replay_size=4, successors=32, gate_events=4)
-    _log_with_names_exchanged(base)
+    chosen = _log_with_names_exchanged(base)
     restarted, registry, faded = fork(base, "restarted"), CollectorRegistry(), []
     fade = ItemTable.fade_transitions
 
-    def fading(table: ItemTable, by: float) -> torch.Tensor:
-        before = table.column("successor_weight").clone()
-        changed = fade(table, by)
-        torch.testing.assert_close(table.column("successor_weight"), FADING * before)
+    def fading(table: ItemTable, by: float, history_BK: torch.Tensor, item_B: torch.Tensor) -> torch.Tensor:
         faded.append(by)
-        return changed
+        # What is counted anew are the newest choices, each behind those of the same user before it.
+        newest = chosen[: table.clock][-RECOUNTED:]
+        assert [table.item_ids[row] for row in item_B.tolist()] == newest
+        assert history_BK.shape[0] == RECOUNTED
+        assert (history_BK[:, 0] != 0).all()
+        return fade(table, by, history_BK, item_B)
 
     monkeypatch.setattr(ItemTable, "fade_transitions", fading)
     with trainer(base, registry=registry) as daemon:

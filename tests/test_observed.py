@@ -9,6 +9,9 @@ import pytest
 from observed import Observed, needs_prometheus, observed
 from promql import marks, queries
 
+from recsys import Client, Feedback
+from recsys.errors import StoreFull
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), needs_prometheus]
 # With a scrape a second: as Grafana would choose it, four scrapes and more.
 RATE_INTERVAL = "10s"
@@ -28,6 +31,12 @@ def wait_for(run: Observed, *names: str) -> None:
 
 def wait_without(run: Observed, *names: str) -> None:
     run.prometheus.wait_until(lambda: not {*names} & {*run.prometheus.alerts()})
+
+
+def fill(client: Client) -> None:
+    """Log feedback until it is refused."""
+    while True:
+        client.log_feedback([Feedback("user", "item", "click")] * 50)
 
 
 def test_every_panel_and_annotation_shows_a_real_run(run: Observed) -> None:
@@ -64,5 +73,10 @@ def test_a_store_that_hangs_is_told_until_it_goes_on(run: Observed) -> None:
 
 def test_settings_that_break_objectives_are_told(tmp_path: Path) -> None:
     poison = ("--publish-seconds=3", "--log-max-bytes=65536")
-    with observed(tmp_path, *poison, fast=FAST) as run:
+    with observed(tmp_path, *poison, fast=FAST) as run, Client(run.grpc) as client:
+        # Once the log is full nothing more is learned, and its freshness cannot be seen.
+        wait_for(run, "RecsysFreshnessBurning")
+        # Users alone take long to fill even so small a log.
+        with pytest.raises(StoreFull):
+            fill(client)
         wait_for(run, "RecsysFreshnessBurning", "RecsysLogNearlyFull", "RecsysAvailabilityBurning")

@@ -27,14 +27,14 @@ from recsys.page import http as http_server
 from recsys.page.application import policy
 from recsys.page.http import HttpServer
 from recsys.page.overview import HistoryPoint, Learning, Seen, Store
-from recsys.page.store_look import Case, Version
+from recsys.page.store_look import Case, Held, Version
 from recsys.page.traffic import Now, Point, Traffic, quantile
 from recsys.server import Server, assemble
 from recsys.service.auth import digest_of
 from recsys.settings import Settings, load
 from recsys.v1 import catalog_pb2
 from recsys.v1.catalog_pb2_grpc import CatalogServiceStub
-from recsys.weights import Lineage, WeightStore
+from recsys.weights import Lineage, ObjectionRecord, WeightStore
 
 SECONDS = 30
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "page.md"
@@ -329,7 +329,7 @@ def test_questions_are_passed_on_to_whichever_process_answers(settings: Settings
 
 def test_every_field_is_documented() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    parts = (Seen, Now, Learning, Store, HistoryPoint, Point, Version, Case, Finding, Verdict)
+    parts = (Seen, Now, Learning, Store, HistoryPoint, Point, Version, Held, Case, Finding, Verdict)
     missing = [f"{part.__name__}.{f.name}" for part in parts for f in fields(part) if f"`{f.name}`" not in text]
     assert missing == []
 
@@ -392,9 +392,11 @@ WELL = {
     [
         ({}, "ok ok ok", ""),
         ({"feedback_learned": 100}, "unknown ok ok", ""),
+        ({"metrics": {}}, "unknown ok ok", ""),
         ({"metrics": {"hr_at_10": 0.05, "popularity_hr_at_10": 0.1}}, "problem ok ok", "recsys rollback"),
         ({"earlier_accuracy": [0.5, 0.4, 0.5]}, "warning ok ok", "fallen from 0.500 to 0.200"),
         ({"metrics": {**WELL["metrics"], "drift_loss_detected": 1.0}}, "warning ok ok", "drift: loss"),  # type: ignore[dict-item]
+        ({"held_times": 2, "held_reason": "it r"}, "warning ok ok", "version 10 is held: it r"),
         ({"newest_verdict": "set aside", "newest_reason": "r"}, "warning ok ok", "quarantine list"),
         ({"store_problem": "the store does not answer"}, "ok unknown problem", "recsys doctor"),
         ({"paused": True, "backlog": 5}, "ok warning ok", "recsys resume"),
@@ -420,6 +422,12 @@ def test_every_condition_is_judged_and_advised(changes: dict[str, Any], levels: 
     assert text in " ".join(f"{f.title} {f.advice} {f.command}" for f in found.findings)
     assert bool(found.findings) == ({"warning", "problem"} & {*levels.split()} != set())
     assert all(f.advice and f.command for f in found.findings)
+
+
+def test_accuracy_that_was_not_measured_is_not_called_too_early() -> None:
+    early, unmeasured = (judge(Facts(**{**WELL, "metrics": {}, "feedback_learned": n})).good for n in (1999, 2000))
+    assert early.sentence == "too early to tell: 1,999 feedback learned, 2,000 are needed"
+    assert "not measured" in unmeasured.sentence
 
 
 # --- In a browser
@@ -504,6 +512,26 @@ def test_the_page_can_be_read_in_every_light_and_width(settings: Settings, brows
             role for role, name in browser.names() if role in ("button", "textbox", "region", "image") and not name
         ]
         assert unnamed == []
+
+
+@needs_chromium
+def test_a_version_that_is_held_is_shown_until_it_passes(settings: Settings, browser: Browser) -> None:
+    with serve(settings) as running:
+        commit(running, 2)
+        weights = WeightStore(running.store, settings)
+        weights.write_objection(ObjectionRecord(version=3, times=2, reason=HOSTILE, time_ms=NOW))
+        told = {"version": 3, "times": 2, "reason": f"it {HOSTILE}", "time_ms": NOW}
+        assert looked(running)["learning"]["held"] == told
+        browser.resize(1280)
+        shown(browser, running)
+        browser.until("document.querySelectorAll('#versions tr').length === 3")
+        first = browser.text("#versions tr")
+        assert (first.split()[0], "held now" in first, "held 2 times" in first) == ("3", True, True)
+        assert HOSTILE in browser.text("#findings")
+        assert browser.run("document.querySelectorAll('main img').length") == 0
+        weights.commit(weights.acquire(), 2, b"payload", b"trainer", Lineage("3-0", 3000, 3, "digest", {}, [NOW], NOW))
+        browser.until("document.querySelector('#versions .badge').textContent === 'learned'")
+        assert browser.run("document.querySelectorAll('#versions tr').length") == 3
 
 
 @needs_chromium

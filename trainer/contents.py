@@ -58,6 +58,14 @@ class Contents:
         self._table.columns[CATEGORIES][to_tensor(rows, device)] = to_tensor(digests, device)
         self._set_cold(new, 1)
 
+    def digests(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the digests of the categories of each of these rows, 0 where there is none; (B, K)."""
+        found_BK: NDArray[np.int64] = (
+            # Synchronises with the GPU: what is watched is the host's.
+            self._table.columns[CATEGORIES][to_tensor(rows_B, self._table.device)].cpu().numpy()
+        )
+        return found_BK
+
     def cold_among(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of these rows that are cold, ascending."""
         if not len(self.cold_rows):

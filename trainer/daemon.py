@@ -27,7 +27,7 @@ from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.store.inspection import memory
-from recsys.weights import VersionRecord, WeightStore
+from recsys.weights import ObjectionRecord, VersionRecord, WeightStore
 from recsys.weights.earlier import ROLLBACK
 from trainer.examples import Event, encode
 from trainer.learner import Learner
@@ -163,9 +163,7 @@ class Daemon:
         elif outcome is Outcome.SPOILED:
             self._set_aside()
         elif outcome is Outcome.HELD:
-            self._metrics.held(1)
-            follows, why = self._learning.head.version, self._learning.objections[-1]
-            tell(_log, logging.WARNING, "version held", follows=follows, because=f"it {why}")
+            self._tell_held()
         if self._learning.empty:
             self._waiting_since, self._tick_sent = None, False
         elif self._waiting_since is None:
@@ -194,6 +192,20 @@ class Daemon:
             _log.warning("version %d: drift in %s", head.version, ", ".join(sorted(learning.drifted)))
         self._begin(head, changed)
         self._read_ms = left
+
+    def _tell_held(self) -> None:
+        """Let people know that the version in the making was held, and why."""
+        follows, objections = self._learning.head.version, self._learning.objections
+        self._metrics.held(1)
+        tell(_log, logging.WARNING, "version held", follows=follows, because=f"it {objections[-1]}")
+        try:
+            self.store.write_objection(
+                ObjectionRecord(version=follows + 1, times=len(objections), reason=objections[-1], time_ms=now_ms())
+            )
+        except (StoreUnavailable, StoreFull) as error:
+            # Learning does not depend on it.
+            self._metrics.store_errors(1)
+            _log.warning("the store was not told that a version is held: %s", error)
 
     def _set_aside(self) -> None:
         """Go back to the last version and on behind the feedback that spoiled what came after it."""

@@ -150,6 +150,10 @@ class ReplayWindow:
         index_M = np.where(before_M, len(examples) + np.cumsum(before_M) - 1, -age_M)
         return Followed(place_M, join([examples, self._aged(age_M[before_M])]).take(index_M), age_M)
 
+    def newest(self, count: int) -> Examples:
+        """Return the newest `count` examples, or all there are, oldest first."""
+        return self._aged(np.arange(min(count, len(self)), 0, -1))
+
     def of_item(self, row: int) -> tuple[Array, Array, Array]:
         """Return ages, classes and impressions' keys of all feedback on an item in the window."""
         places = np.flatnonzero(self._arrays["item_B"][: len(self)] == row)

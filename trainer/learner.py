@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
 from recsys.errors import CorruptWeights
-from recsys.item_table import TRANSITION_REACH, ItemTable
+from recsys.item_table import PADDING_ROW, TRANSITION_REACH, ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
 from recsys.weights import WeightPayload
@@ -28,7 +28,7 @@ from recsys.weights.payload import NewItems
 from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
 from trainer.contents import CONTENT_COLUMNS, Contents
-from trainer.drift import DRIFT, MISLED, TRANSITIONS, Drift
+from trainer.drift import CATEGORY_MEMORY, CHOICES, DRIFT, MISLED, TRANSITIONS, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
 from trainer.full_ranking import MASKED
 from trainer.hindsight import Hindsight
@@ -41,8 +41,11 @@ OWN_COLUMNS = (SQUARED_GRADIENT, *CONTENT_COLUMNS)
 STEPS = "steps"
 # The clock at which cold items last followed their categories.
 FOLLOWED = "followed"
-# Of the replay window, the newest examples that a response to a drift draws half of its replay from.
-RECENT_REPLAY = 2048
+# Of the replay window, the newest examples, to which a response to a drift looks.
+RECENT = 2048
+# Choices, the newest, that are counted anew when what followed items has faded: the block that showed that it misleads,
+# the one in which the change may fall, and what waits for the next.
+RECOUNTED = 3 * CHOICES
 # Of the feedback classes' loss, beside that over items.
 CLASS_LOSS_WEIGHT = 1.0
 
@@ -124,9 +127,10 @@ class Learner:
         if not again:
             self._count(examples, followed)
             self.remember(examples, self.table.clock)
-            report.drifted = self.drift.observe(examples, report, len(self.table))
+            categories_BK = self.contents.digests(examples.item_B)
+            report.drifted = self.drift.observe(examples, report, len(self.table), categories_BK)
             if TRANSITIONS in report.drifted:
-                self._changed.append(self.table.fade_transitions(self.settings.drift_fading))
+                self.fade(self.settings.drift_fading)
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.losses = {
             "total": float(loss.detach()),
@@ -136,6 +140,19 @@ class Learner:
         report.gradient_norm = float(norm)
         return report
 
+    def fade(self, by: float) -> None:
+        """Let all that followed items count less, and anew what followed them in the newest choices.
+
+        These showed that the rest misleads: to fade with it is to forget what is true now, and costs most of the gain.
+        """
+        if by == 1:
+            return
+        newest = self.window.newest(RECENT)
+        chosen = np.flatnonzero(self._positive[newest.class_B] & (newest.item_B != PADDING_ROW))[-RECOUNTED:]
+        recounted = newest.take(chosen)
+        latest_NK = recounted.histories(self.device).latest_first(TRANSITION_REACH)
+        self._changed.append(self.table.fade_transitions(by, latest_NK, to_tensor(recounted.item_B, self.device)))
+
     def _replayed(self, random: np.random.Generator) -> list[Examples]:
         """Draw what is replayed; while a drift is responded to, half of it from what is recent, and learn faster."""
         count, boost = self.settings.replay_size, self.settings.drift_boost
@@ -143,7 +160,7 @@ class Learner:
         self.strategies.boost = boost if responding else 1.0
         if not responding:
             return [self.window.draw(count, random)]
-        recent = self.window.draw(count // 2, random, RECENT_REPLAY)
+        recent = self.window.draw(count // 2, random, RECENT)
         return [recent, self.window.draw(count - count // 2, random)]
 
     def learn_mixing(self, examples: Examples, seen: list[np.ndarray] | None = None) -> StepReport:
@@ -276,7 +293,7 @@ class Learner:
             column = self.table.columns[name]
             fits(name, own.columns[name], (len(own.rows), *column.shape[1:]), column.dtype)
         self.drift.check(own.dense)
-        known = (STEPS, FOLLOWED, DRIFT, MISLED)
+        known = (STEPS, FOLLOWED, DRIFT, MISLED, CATEGORY_MEMORY)
         self.strategies.check({name: array for name, array in own.dense.items() if name not in known})
 
     def take_changed(self) -> Tensor:

@@ -44,6 +44,15 @@ def plain(value: Any) -> str:
     return text.replace("[", r"\[")
 
 
+def size(number: float) -> str:
+    """Write a number of bytes for a person."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while number >= 1024 and power < len(units) - 1:
+        number, power = number / 1024, power + 1
+    return f"{number:.1f} {units[power]}" if power and number < 10 else f"{number:.0f} {units[power]}"
+
+
 def progress() -> Progress:
     """Make a progress bar on stderr, which disappears when done; nothing where stderr is no terminal."""
     stderr = console(stderr=True)

@@ -16,8 +16,8 @@ from rich.live import Live
 from rich.table import Table
 
 from recsys.cli.client_commands import TIMEOUT_SECONDS, Server, connected, time_text, version_facts
-from recsys.cli.output import AsJson, console, facts, plain
-from recsys.condition import ACCURACY, BESIDE, Facts, duration, judge
+from recsys.cli.output import AsJson, console, facts, plain, size
+from recsys.condition import ACCURACY, BESIDE, Facts, drifts, duration, judge
 from recsys.errors import RecsysError
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _look(client: Client) -> dict[str, Any]:
         "newest_verdict": newest.get("verdict"),
         "newest_reason": newest.get("reason"),
         "freshness_seconds": freshness,
+        "held_version": _held(found),
         "items": found.items,
         "feedback_learned": found.feedback_learned,
         "backlog": found.backlog,
@@ -131,6 +132,14 @@ def _look(client: Client) -> dict[str, Any]:
         "software_version": found.software_version,
         "feedback_classes": list(found.feedback_classes),
     }
+
+
+def _held(found: GetStatusResponse) -> dict[str, Any] | None:
+    """Describe the version that is held back at present."""
+    if not found.HasField("held_version"):
+        return None
+    held = found.held_version
+    return {"version": held.version, "times": held.times, "reason": held.reason, "time": time_text(held.held_time)}
 
 
 def _freshness_seconds(found: GetStatusResponse, versions: Sequence[Version]) -> float | None:
@@ -159,6 +168,8 @@ def _facts(found: GetStatusResponse, versions: Sequence[Version], freshness: flo
         newest_committed_ms=found.newest_committed_time.ToMilliseconds(),
         newest_verdict=version_facts(newest)["verdict"] if newest else "",
         newest_reason=newest.reason if newest else "",
+        held_times=found.held_version.times,
+        held_reason=found.held_version.reason,
         feedback_learned=newest.feedback_learned if newest else found.feedback_learned,
         backlog=max(0, found.backlog),
         paused=found.learning_paused,
@@ -181,15 +192,41 @@ def _page(found: Mapping[str, Any]) -> RenderableType:
         parts.append(
             f"[{style}]{finding['level']}[/]: {plain(finding['title'])}\n  {plain(finding['advice'])}{command}"
         )
-    rows: dict[str, Any] = {"serving": found["serving"]}
-    rows |= {name: _ratio(value) for name, value in found["accuracy"].items()}
-    rows |= {name: f"{value:.4g}" for name, value in sorted(found["drift"].items())}
-    freshness = found["freshness_seconds"]
-    rows["freshness"] = "-" if freshness is None else f"{duration(freshness)} from feedback to served"
-    left_out = {"serving", "condition", "accuracy", "metrics", "drift", "freshness_seconds"}
-    rows |= {name: value for name, value in found.items() if name not in left_out}
-    rows["feedback_classes"] = ", ".join(found["feedback_classes"])
-    return Group(*parts, "", facts(rows))
+    return Group(*parts, "", facts(_rows(found)))
+
+
+def _rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """Write what stands behind the answers, in a dozen lines: a terminal shows no more; --json has all."""
+    ours, theirs = (_ratio(found["accuracy"][name]) for name in (ACCURACY, BESIDE))
+    freshness, newest, held = found["freshness_seconds"], found["newest_verdict"], found["held_version"]
+    committed = f", committed {found['committed_time']}, {found['items']:,} items" if found["version"] else ""
+    rows = {
+        "server": f"{'serving' if found['serving'] else 'not serving'}, software {found['software_version']}",
+        "accuracy": f"{ours} of choices among the first ten, popularity {theirs}",
+        "drift": ", ".join(drifts(found["drift"])) or "none in the newest version",
+        "freshness": "-" if freshness is None else f"{duration(freshness)} from feedback to served",
+        "served": f"version {found['version']:,}{committed}",
+    }
+    if not found["store_reachable"]:
+        return rows | {"store": "does not answer", "durability": found["durability"]}
+    rows["newest"] = f"version {found['newest_version']:,}{f', {newest}' if newest else ''}"
+    if held:
+        rows["held"] = f"version {held['version']:,}, since {held['time']}"
+    learned = "learning is paused" if found["learning_paused"] else f"{found['feedback_learned']:,} learned"
+    rows["backlog"] = f"{found['backlog']:,} feedback to learn, {learned}"
+    rows["set aside"] = f"{found['set_aside_feedback']:,} feedback"
+    log = _of(found["log_bytes"], found["log_max_bytes"])
+    rows["feedback log"] = f"{found['log_records']:,} records, {log}"
+    weights = _of(found["retained_bytes"], found["weights_max_bytes"])
+    rows["versions kept"] = f"from {found['retained_versions_from']:,} on, {found['snapshots']} full copies, {weights}"
+    rows["store"] = _of(found["store_memory_bytes"], found["store_max_memory_bytes"])
+    rows["durability"] = found["durability"]
+    return rows
+
+
+def _of(used: int, bound: int) -> str:
+    """Write how much of a bound is used; 0 is no bound."""
+    return f"{size(used)} of {size(bound)} ({used / bound:.0%})" if bound else f"{size(used)}, no bound"
 
 
 def _answers(condition: Mapping[str, Any]) -> Table:

@@ -11,7 +11,7 @@ from prometheus_client import Metric
 import recsys
 from recsys.condition import ACCURACY, BESIDE, UNKNOWN, Condition, Facts, judge
 from recsys.page.sampled import Sampled
-from recsys.page.store_look import Case, Stored, StoreLook, Version
+from recsys.page.store_look import Case, Held, Stored, StoreLook, Version
 from recsys.page.traffic import Now, Point, Traffic
 from recsys.settings import Settings
 
@@ -33,6 +33,8 @@ class Learning:
     backlog: int
     paused: bool
     epoch: int
+    # The version after the newest while the gate holds it back, else null.
+    held: Held | None
     # Of the newest version: from its oldest feedback's acceptance to its commit.
     accepted_to_committed_seconds: float | None
 
@@ -150,6 +152,8 @@ def _facts(now_ms: int, stored: Stored, now: Now, problem: str) -> Facts:
         newest_committed_ms=newest.committed_ms if newest else 0,
         newest_verdict=newest.verdict if newest else "",
         newest_reason=newest.reason if newest else "",
+        held_times=stored.held.times if stored.held else 0,
+        held_reason=stored.held.reason if stored.held else "",
         feedback_learned=newest.feedback_learned if newest else 0,
         backlog=stored.backlog,
         paused=stored.paused,
@@ -174,6 +178,7 @@ def _learning(stored: Stored, newest: Version | None) -> Learning:
         stored.backlog,
         stored.paused,
         stored.epoch,
+        stored.held,
         newest.accepted_to_committed_seconds if newest else None,
     )
 

@@ -14,7 +14,7 @@ from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.store.inspection import inspect
-from recsys.weights import VersionRecord, WeightStore
+from recsys.weights import ObjectionRecord, VersionRecord, WeightStore
 
 # The newest versions that are held here, for charts and tables, and how many are read in one command.
 VERSIONS_HELD = 2000
@@ -37,6 +37,16 @@ class Version:
     # From the acceptance of its oldest feedback to its commit; null where it has none.
     accepted_to_committed_seconds: float | None
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Describe the version that the gate holds back at present: `times` so far, `reason` the last time."""
+
+    version: int
+    times: int
+    reason: str
+    time_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,7 @@ class Stored:
     epoch: int = 0
     used_memory: int = 0
     max_memory: int = 0
+    held: Held | None = None
     # Newest first.
     versions: Sequence[Version] = ()
     cases: Sequence[Case] = ()
@@ -95,6 +106,7 @@ class StoreLook:
             head = self._weights.head()
             appended, usage = self._log.appended(), self._log.usage()
             cases = self._quarantine.cases()
+            objection = self._weights.objection()
             inspection = inspect(self._client)
             self._follow(head)
             self._last = Stored(
@@ -107,6 +119,7 @@ class StoreLook:
                 epoch=self._weights.epoch(),
                 used_memory=inspection.used_memory,
                 max_memory=inspection.max_memory,
+                held=_held(objection),
                 versions=list(reversed(self._versions)),
                 cases=[Case(c.number, c.time_ms, c.feedback, c.reason) for c in cases[: -CASES_SHOWN - 1 : -1]],
                 set_aside=sum(case.feedback for case in cases),
@@ -138,6 +151,12 @@ class StoreLook:
             # Of the oldest that is retained there may be a full copy only.
             found = [head]
         self._versions.extend(described(record) for record in reversed(found))
+
+
+def _held(objection: ObjectionRecord | None) -> Held | None:
+    if objection is None:
+        return None
+    return Held(objection.version, objection.times, f"it {objection.reason}", objection.time_ms)
 
 
 def described(record: VersionRecord) -> Version:

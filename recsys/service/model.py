@@ -20,7 +20,7 @@ from recsys.service.store_calls import StoreCalls
 from recsys.settings import Settings
 from recsys.store.inspection import Inspection
 from recsys.v1 import model_pb2
-from recsys.weights import VersionRecord, WeightStore
+from recsys.weights import ObjectionRecord, VersionRecord, WeightStore
 from recsys.weights.earlier import describe_retained, roll_back
 
 _log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class StoreFacts:
     used_memory: int = -1
     max_memory: int = -1
     paused: bool = False
+    objection: ObjectionRecord | None = None
     reachable: bool = False
 
 
@@ -105,6 +106,11 @@ class Model:
         )
         if facts.newest_version > 0:
             response.newest_committed_time.FromMilliseconds(facts.newest_committed_ms)
+        if held := facts.objection:
+            response.held_version.MergeFrom(
+                model_pb2.HeldVersion(version=held.version, times=held.times, reason=f"it {held.reason}")
+            )
+            response.held_version.held_time.FromMilliseconds(held.time_ms)
         if status.version:
             response.committed_time.FromMilliseconds(status.committed_ms)
             response.applied_time.FromMilliseconds(status.applied_ms)
@@ -197,6 +203,7 @@ class Model:
             snapshots = self._weights.snapshot_versions()
             (delta_bytes, snapshot_bytes), paused = self._weights.sizes(), self._weights.paused()
             set_aside = sum(case.feedback for case in self._quarantine.cases())
+            objection = self._weights.objection()
             inspection = self._inspect()
         except StoreUnavailable:
             return StoreFacts()
@@ -218,6 +225,7 @@ class Model:
             used_memory=inspection.used_memory,
             max_memory=inspection.max_memory,
             paused=paused,
+            objection=objection,
             reachable=True,
         )
 

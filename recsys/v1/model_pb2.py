@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15recsys/v1/model.proto\x12\trecsys.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"\xd4\x05\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x32\n\x0e\x63ommitted_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x61pplied_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05items\x18\x04 \x01(\x03\x12\x18\n\x10\x66\x65\x65\x64\x62\x61\x63k_learned\x18\x05 \x01(\x03\x12\x0f\n\x07\x62\x61\x63klog\x18\x06 \x01(\x03\x12\x13\n\x0blog_records\x18\x07 \x01(\x03\x12\x11\n\tlog_bytes\x18\x08 \x01(\x03\x12\x15\n\rlog_max_bytes\x18\t \x01(\x03\x12\x17\n\x0fstore_reachable\x18\n \x01(\x08\x12\x18\n\x10software_version\x18\x0b \x01(\t\x12\x18\n\x10\x66\x65\x65\x64\x62\x61\x63k_classes\x18\x0c \x03(\t\x12\x17\n\x0flearning_paused\x18\r \x01(\x08\x12\x1e\n\x16retained_versions_from\x18\x0e \x01(\x03\x12\x16\n\x0eretained_bytes\x18\x0f \x01(\x03\x12\x11\n\tsnapshots\x18\x10 \x01(\x05\x12\x13\n\x0b\x64\x65lta_bytes\x18\x11 \x01(\x03\x12\x16\n\x0esnapshot_bytes\x18\x12 \x01(\x03\x12\x19\n\x11weights_max_bytes\x18\x13 \x01(\x03\x12\x17\n\x0fweights_problem\x18\x14 \x01(\t\x12\x12\n\ndurability\x18\x15 \x01(\t\x12\x1a\n\x12set_aside_feedback\x18\x16 \x01(\x03\x12\x16\n\x0enewest_version\x18\x17 \x01(\x03\x12\x39\n\x15newest_committed_time\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12store_memory_bytes\x18\x19 \x01(\x03\x12\x1e\n\x16store_max_memory_bytes\x18\x1a \x01(\x03\"<\n\x13ListVersionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x8d\x04\n\x07Version\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x32\n\x0e\x63ommitted_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10\x66\x65\x65\x64\x62\x61\x63k_learned\x18\x03 \x01(\x03\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_added\x18\x04 \x01(\x03\x12\r\n\x05\x62ytes\x18\x05 \x01(\x03\x12\r\n\x05\x65poch\x18\x06 \x01(\x03\x12\x10\n\x08position\x18\x07 \x01(\t\x12\r\n\x05\x63hain\x18\x08 \x01(\t\x12\x30\n\x07metrics\x18\t \x03(\x0b\x32\x1f.recsys.v1.Version.MetricsEntry\x12\x10\n\x08snapshot\x18\n \x01(\x08\x12\x0c\n\x04kind\x18\x0b \x01(\t\x12\x18\n\x10restored_version\x18\x0c \x01(\x03\x12\x0e\n\x06reason\x18\r \x01(\t\x12\x0e\n\x06parent\x18\x0e \x01(\x03\x12\x15\n\rtrainer_bytes\x18\x0f \x01(\x03\x12\x17\n\x0fsettings_digest\x18\x10 \x01(\t\x12&\n\tset_aside\x18\x11 \x03(\x0b\x32\x13.recsys.v1.LogRange\x12\x38\n\x14oldest_accepted_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"(\n\x08LogRange\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\r\n\x05until\x18\x02 \x01(\t\"$\n\x11GetVersionRequest\x12\x0f\n\x07version\x18\x01 \x01(\x03\"2\n\x0fRollbackRequest\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x16\n\x14PauseLearningRequest\"\x17\n\x15PauseLearningResponse\"\x17\n\x15ResumeLearningRequest\"\x18\n\x16ResumeLearningResponse\"$\n\x11\x46orgetUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x89\x01\n\x12\x46orgetUserResponse\x12\x17\n\x0fhistory_entries\x18\x01 \x01(\x03\x12\x13\n\x0blog_records\x18\x02 \x01(\x03\x12\x19\n\x11unlearned_records\x18\x03 \x01(\x03\x12\x19\n\x11set_aside_records\x18\x04 \x01(\x03\x12\x0f\n\x07remains\x18\x05 \x03(\t\"U\n\x14ListVersionsResponse\x12$\n\x08versions\x18\x01 \x03(\x0b\x32\x12.recsys.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x99\x04\n\x0cModelService\x12\x46\n\tGetStatus\x12\x1b.recsys.v1.GetStatusRequest\x1a\x1c.recsys.v1.GetStatusResponse\x12O\n\x0cListVersions\x12\x1e.recsys.v1.ListVersionsRequest\x1a\x1f.recsys.v1.ListVersionsResponse\x12>\n\nGetVersion\x12\x1c.recsys.v1.GetVersionRequest\x1a\x12.recsys.v1.Version\x12:\n\x08Rollback\x12\x1a.recsys.v1.RollbackRequest\x1a\x12.recsys.v1.Version\x12R\n\rPauseLearning\x12\x1f.recsys.v1.PauseLearningRequest\x1a .recsys.v1.PauseLearningResponse\x12U\n\x0eResumeLearning\x12 .recsys.v1.ResumeLearningRequest\x1a!.recsys.v1.ResumeLearningResponse\x12I\n\nForgetUser\x12\x1c.recsys.v1.ForgetUserRequest\x1a\x1d.recsys.v1.ForgetUserResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15recsys/v1/model.proto\x12\trecsys.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"\x82\x06\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x32\n\x0e\x63ommitted_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x61pplied_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05items\x18\x04 \x01(\x03\x12\x18\n\x10\x66\x65\x65\x64\x62\x61\x63k_learned\x18\x05 \x01(\x03\x12\x0f\n\x07\x62\x61\x63klog\x18\x06 \x01(\x03\x12\x13\n\x0blog_records\x18\x07 \x01(\x03\x12\x11\n\tlog_bytes\x18\x08 \x01(\x03\x12\x15\n\rlog_max_bytes\x18\t \x01(\x03\x12\x17\n\x0fstore_reachable\x18\n \x01(\x08\x12\x18\n\x10software_version\x18\x0b \x01(\t\x12\x18\n\x10\x66\x65\x65\x64\x62\x61\x63k_classes\x18\x0c \x03(\t\x12\x17\n\x0flearning_paused\x18\r \x01(\x08\x12\x1e\n\x16retained_versions_from\x18\x0e \x01(\x03\x12\x16\n\x0eretained_bytes\x18\x0f \x01(\x03\x12\x11\n\tsnapshots\x18\x10 \x01(\x05\x12\x13\n\x0b\x64\x65lta_bytes\x18\x11 \x01(\x03\x12\x16\n\x0esnapshot_bytes\x18\x12 \x01(\x03\x12\x19\n\x11weights_max_bytes\x18\x13 \x01(\x03\x12\x17\n\x0fweights_problem\x18\x14 \x01(\t\x12\x12\n\ndurability\x18\x15 \x01(\t\x12\x1a\n\x12set_aside_feedback\x18\x16 \x01(\x03\x12\x16\n\x0enewest_version\x18\x17 \x01(\x03\x12\x39\n\x15newest_committed_time\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12store_memory_bytes\x18\x19 \x01(\x03\x12\x1e\n\x16store_max_memory_bytes\x18\x1a \x01(\x03\x12,\n\x0cheld_version\x18\x1b \x01(\x0b\x32\x16.recsys.v1.HeldVersion\"l\n\x0bHeldVersion\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05times\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12-\n\theld_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"<\n\x13ListVersionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x8d\x04\n\x07Version\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x32\n\x0e\x63ommitted_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10\x66\x65\x65\x64\x62\x61\x63k_learned\x18\x03 \x01(\x03\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_added\x18\x04 \x01(\x03\x12\r\n\x05\x62ytes\x18\x05 \x01(\x03\x12\r\n\x05\x65poch\x18\x06 \x01(\x03\x12\x10\n\x08position\x18\x07 \x01(\t\x12\r\n\x05\x63hain\x18\x08 \x01(\t\x12\x30\n\x07metrics\x18\t \x03(\x0b\x32\x1f.recsys.v1.Version.MetricsEntry\x12\x10\n\x08snapshot\x18\n \x01(\x08\x12\x0c\n\x04kind\x18\x0b \x01(\t\x12\x18\n\x10restored_version\x18\x0c \x01(\x03\x12\x0e\n\x06reason\x18\r \x01(\t\x12\x0e\n\x06parent\x18\x0e \x01(\x03\x12\x15\n\rtrainer_bytes\x18\x0f \x01(\x03\x12\x17\n\x0fsettings_digest\x18\x10 \x01(\t\x12&\n\tset_aside\x18\x11 \x03(\x0b\x32\x13.recsys.v1.LogRange\x12\x38\n\x14oldest_accepted_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"(\n\x08LogRange\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\r\n\x05until\x18\x02 \x01(\t\"$\n\x11GetVersionRequest\x12\x0f\n\x07version\x18\x01 \x01(\x03\"2\n\x0fRollbackRequest\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x16\n\x14PauseLearningRequest\"\x17\n\x15PauseLearningResponse\"\x17\n\x15ResumeLearningRequest\"\x18\n\x16ResumeLearningResponse\"$\n\x11\x46orgetUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x89\x01\n\x12\x46orgetUserResponse\x12\x17\n\x0fhistory_entries\x18\x01 \x01(\x03\x12\x13\n\x0blog_records\x18\x02 \x01(\x03\x12\x19\n\x11unlearned_records\x18\x03 \x01(\x03\x12\x19\n\x11set_aside_records\x18\x04 \x01(\x03\x12\x0f\n\x07remains\x18\x05 \x03(\t\"U\n\x14ListVersionsResponse\x12$\n\x08versions\x18\x01 \x03(\x0b\x32\x12.recsys.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x99\x04\n\x0cModelService\x12\x46\n\tGetStatus\x12\x1b.recsys.v1.GetStatusRequest\x1a\x1c.recsys.v1.GetStatusResponse\x12O\n\x0cListVersions\x12\x1e.recsys.v1.ListVersionsRequest\x1a\x1f.recsys.v1.ListVersionsResponse\x12>\n\nGetVersion\x12\x1c.recsys.v1.GetVersionRequest\x1a\x12.recsys.v1.Version\x12:\n\x08Rollback\x12\x1a.recsys.v1.RollbackRequest\x1a\x12.recsys.v1.Version\x12R\n\rPauseLearning\x12\x1f.recsys.v1.PauseLearningRequest\x1a .recsys.v1.PauseLearningResponse\x12U\n\x0eResumeLearning\x12 .recsys.v1.ResumeLearningRequest\x1a!.recsys.v1.ResumeLearningResponse\x12I\n\nForgetUser\x12\x1c.recsys.v1.ForgetUserRequest\x1a\x1d.recsys.v1.ForgetUserResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,33 +37,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=69
   _globals['_GETSTATUSREQUEST']._serialized_end=87
   _globals['_GETSTATUSRESPONSE']._serialized_start=90
-  _globals['_GETSTATUSRESPONSE']._serialized_end=814
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=816
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=876
-  _globals['_VERSION']._serialized_start=879
-  _globals['_VERSION']._serialized_end=1404
-  _globals['_VERSION_METRICSENTRY']._serialized_start=1358
-  _globals['_VERSION_METRICSENTRY']._serialized_end=1404
-  _globals['_LOGRANGE']._serialized_start=1406
-  _globals['_LOGRANGE']._serialized_end=1446
-  _globals['_GETVERSIONREQUEST']._serialized_start=1448
-  _globals['_GETVERSIONREQUEST']._serialized_end=1484
-  _globals['_ROLLBACKREQUEST']._serialized_start=1486
-  _globals['_ROLLBACKREQUEST']._serialized_end=1536
-  _globals['_PAUSELEARNINGREQUEST']._serialized_start=1538
-  _globals['_PAUSELEARNINGREQUEST']._serialized_end=1560
-  _globals['_PAUSELEARNINGRESPONSE']._serialized_start=1562
-  _globals['_PAUSELEARNINGRESPONSE']._serialized_end=1585
-  _globals['_RESUMELEARNINGREQUEST']._serialized_start=1587
-  _globals['_RESUMELEARNINGREQUEST']._serialized_end=1610
-  _globals['_RESUMELEARNINGRESPONSE']._serialized_start=1612
-  _globals['_RESUMELEARNINGRESPONSE']._serialized_end=1636
-  _globals['_FORGETUSERREQUEST']._serialized_start=1638
-  _globals['_FORGETUSERREQUEST']._serialized_end=1674
-  _globals['_FORGETUSERRESPONSE']._serialized_start=1677
-  _globals['_FORGETUSERRESPONSE']._serialized_end=1814
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1816
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1901
-  _globals['_MODELSERVICE']._serialized_start=1904
-  _globals['_MODELSERVICE']._serialized_end=2441
+  _globals['_GETSTATUSRESPONSE']._serialized_end=860
+  _globals['_HELDVERSION']._serialized_start=862
+  _globals['_HELDVERSION']._serialized_end=970
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=972
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1032
+  _globals['_VERSION']._serialized_start=1035
+  _globals['_VERSION']._serialized_end=1560
+  _globals['_VERSION_METRICSENTRY']._serialized_start=1514
+  _globals['_VERSION_METRICSENTRY']._serialized_end=1560
+  _globals['_LOGRANGE']._serialized_start=1562
+  _globals['_LOGRANGE']._serialized_end=1602
+  _globals['_GETVERSIONREQUEST']._serialized_start=1604
+  _globals['_GETVERSIONREQUEST']._serialized_end=1640
+  _globals['_ROLLBACKREQUEST']._serialized_start=1642
+  _globals['_ROLLBACKREQUEST']._serialized_end=1692
+  _globals['_PAUSELEARNINGREQUEST']._serialized_start=1694
+  _globals['_PAUSELEARNINGREQUEST']._serialized_end=1716
+  _globals['_PAUSELEARNINGRESPONSE']._serialized_start=1718
+  _globals['_PAUSELEARNINGRESPONSE']._serialized_end=1741
+  _globals['_RESUMELEARNINGREQUEST']._serialized_start=1743
+  _globals['_RESUMELEARNINGREQUEST']._serialized_end=1766
+  _globals['_RESUMELEARNINGRESPONSE']._serialized_start=1768
+  _globals['_RESUMELEARNINGRESPONSE']._serialized_end=1792
+  _globals['_FORGETUSERREQUEST']._serialized_start=1794
+  _globals['_FORGETUSERREQUEST']._serialized_end=1830
+  _globals['_FORGETUSERRESPONSE']._serialized_start=1833
+  _globals['_FORGETUSERRESPONSE']._serialized_end=1970
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1972
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=2057
+  _globals['_MODELSERVICE']._serialized_start=2060
+  _globals['_MODELSERVICE']._serialized_end=2597
 # @@protoc_insertion_point(module_scope)

@@ -14,7 +14,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes", "learning_paused", "retained_versions_from", "retained_bytes", "snapshots", "delta_bytes", "snapshot_bytes", "weights_max_bytes", "weights_problem", "durability", "set_aside_feedback", "newest_version", "newest_committed_time", "store_memory_bytes", "store_max_memory_bytes")
+    __slots__ = ("version", "committed_time", "applied_time", "items", "feedback_learned", "backlog", "log_records", "log_bytes", "log_max_bytes", "store_reachable", "software_version", "feedback_classes", "learning_paused", "retained_versions_from", "retained_bytes", "snapshots", "delta_bytes", "snapshot_bytes", "weights_max_bytes", "weights_problem", "durability", "set_aside_feedback", "newest_version", "newest_committed_time", "store_memory_bytes", "store_max_memory_bytes", "held_version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TIME_FIELD_NUMBER: _ClassVar[int]
     APPLIED_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class GetStatusResponse(_message.Message):
     NEWEST_COMMITTED_TIME_FIELD_NUMBER: _ClassVar[int]
     STORE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     STORE_MAX_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HELD_VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     committed_time: _timestamp_pb2.Timestamp
     applied_time: _timestamp_pb2.Timestamp
@@ -67,7 +68,20 @@ class GetStatusResponse(_message.Message):
     newest_committed_time: _timestamp_pb2.Timestamp
     store_memory_bytes: int
     store_max_memory_bytes: int
-    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ..., learning_paused: _Optional[bool] = ..., retained_versions_from: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ..., delta_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., weights_max_bytes: _Optional[int] = ..., weights_problem: _Optional[str] = ..., durability: _Optional[str] = ..., set_aside_feedback: _Optional[int] = ..., newest_version: _Optional[int] = ..., newest_committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., store_memory_bytes: _Optional[int] = ..., store_max_memory_bytes: _Optional[int] = ...) -> None: ...
+    held_version: HeldVersion
+    def __init__(self, version: _Optional[int] = ..., committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., applied_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., items: _Optional[int] = ..., feedback_learned: _Optional[int] = ..., backlog: _Optional[int] = ..., log_records: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., software_version: _Optional[str] = ..., feedback_classes: _Optional[_Iterable[str]] = ..., learning_paused: _Optional[bool] = ..., retained_versions_from: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ..., delta_bytes: _Optional[int] = ..., snapshot_bytes: _Optional[int] = ..., weights_max_bytes: _Optional[int] = ..., weights_problem: _Optional[str] = ..., durability: _Optional[str] = ..., set_aside_feedback: _Optional[int] = ..., newest_version: _Optional[int] = ..., newest_committed_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., store_memory_bytes: _Optional[int] = ..., store_max_memory_bytes: _Optional[int] = ..., held_version: _Optional[_Union[HeldVersion, _Mapping]] = ...) -> None: ...
+
+class HeldVersion(_message.Message):
+    __slots__ = ("version", "times", "reason", "held_time")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    HELD_TIME_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    times: int
+    reason: str
+    held_time: _timestamp_pb2.Timestamp
+    def __init__(self, version: _Optional[int] = ..., times: _Optional[int] = ..., reason: _Optional[str] = ..., held_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class ListVersionsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")

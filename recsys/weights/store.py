@@ -16,7 +16,7 @@ import redis
 from recsys.errors import CorruptWeights, FencedOff, OtherVersionCameFirst, StoreUnavailable
 from recsys.settings import Settings
 from recsys.store.connection import store_errors
-from recsys.store.v1.weights_pb2 import SnapshotRecord, VersionRecord
+from recsys.store.v1.weights_pb2 import ObjectionRecord, SnapshotRecord, VersionRecord
 from recsys.weights.chunks import CHUNK_BYTES, STAGED_SECONDS, Chunks
 from recsys.weights.payload import Place, WeightPayload
 from recsys.weights.record import Lineage, Record, extend_chain, pack, same_commit, unpack
@@ -64,6 +64,7 @@ class WeightStore:
         self._epoch_key, self._head_key = f"{prefix}:epoch", f"{prefix}:head"
         self._deltas_key, self._snapshots_key = f"{prefix}:deltas", f"{prefix}:snapshots"
         self._paused_key, self._held_key = f"{prefix}:paused", f"{prefix}:held"
+        self._objection_key = f"{prefix}:objection"
         self._chunks = Chunks(client, prefix, chunk_bytes)
         self._commit_script = _script(client, "commit.lua")
         self._snapshot_script = _script(client, "snapshot.lua")
@@ -232,6 +233,21 @@ class WeightStore:
                 self._client.set(self._held_key, b"1", ex=seconds)
             else:
                 self._client.delete(self._held_key)
+
+    def write_objection(self, objection: ObjectionRecord) -> None:
+        """Keep, for people to see, why the version in the making is held."""
+        with store_errors():
+            self._client.set(self._objection_key, objection.SerializeToString())
+
+    def objection(self) -> ObjectionRecord | None:
+        """Return why the version after the head is held; None where it is not, as far as is known."""
+        pipeline = self._client.pipeline(transaction=True)
+        pipeline.get(self._objection_key)
+        pipeline.hget(self._head_key, "record")
+        with store_errors():
+            found, head = pipeline.execute()
+        objection, last = None if found is None else unpack(ObjectionRecord, found), _version(head)
+        return objection if objection and last and objection.version == last.version + 1 else None
 
     def versions(self, count: int, before: int | None = None) -> list[VersionRecord]:
         """List the records of retained versions, newest first, those below `before` if given."""

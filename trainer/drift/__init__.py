@@ -5,7 +5,9 @@ rates rise while accuracy is down, if the setting `drift_boost` says so.
 """
 
 from trainer.drift.drift import Drift
+from trainer.drift.misled import CHOICES
 from trainer.drift.names import (
+    CATEGORY_MEMORY,
     DETECTED,
     DRIFT,
     ITEM_VECTORS,
@@ -20,6 +22,8 @@ from trainer.drift.names import (
 )
 
 __all__ = [
+    "CATEGORY_MEMORY",
+    "CHOICES",
     "DETECTED",
     "DRIFT",
     "ITEM_VECTORS",

@@ -18,7 +18,16 @@ from recsys.settings import Settings
 from trainer.drift.level import Level
 from trainer.drift.misled import Misled
 from trainer.drift.mix import Mix
-from trainer.drift.names import DRIFT, LEVELS, MISLED, MIXES, TRANSITIONS, score_key
+from trainer.drift.names import (
+    CATEGORY_MEMORY,
+    CATEGORY_MIX,
+    DRIFT,
+    LEVELS,
+    MISLED,
+    MIXES,
+    TRANSITIONS,
+    score_key,
+)
 from trainer.drift.response import Response
 from trainer.examples import Examples
 from trainer.prequential import StepReport
@@ -26,9 +35,10 @@ from trainer.quality import MISS, NO_EVENT
 
 # What says that recommendations got worse, and not only that the world did.
 ACCURACY = {"item_loss", "class_loss", "miss_at_10"}
-# Items and context pairs are hashed to so many bins; histories are told apart by the bits of their length; scores by
-# nats above chance, of which so many lie below it.
+# Items, context pairs and categories are hashed to so many bins; histories are told apart by the bits of their length;
+# scores by nats above chance, of which so many lie below it.
 ITEM_BITS, CONTEXT_BINS, LENGTH_BINS, SCORE_BINS, BELOW_CHANCE = 5, 32, 12, 16, 4
+CATEGORY_BINS = 32
 # Knuth's multiplicative hash.
 HASH = 2654435761
 HIT_AT = 10
@@ -43,29 +53,31 @@ class Drift:
     def __init__(self, settings: Settings) -> None:
         bins = (1 << ITEM_BITS, len(settings.classes), CONTEXT_BINS, LENGTH_BINS, GAP_BUCKETS, SCORE_BINS)
         sizes = [Mix.size(n) for n in bins] + [Level.SIZE] * len(LEVELS) + [Response.SIZE]
-        self._memory = np.zeros(sum(sizes))
-        parts = np.split(self._memory, np.cumsum(sizes)[:-1])
+        memory = np.zeros(sum(sizes))
+        parts = np.split(memory, np.cumsum(sizes)[:-1])
         self._mixes = {name: Mix(n, part) for name, n, part in zip(MIXES, bins, parts, strict=False)}
-        levels = parts[len(MIXES) : -1]
+        categories = np.zeros(Mix.size(CATEGORY_BINS))
+        self._mixes[CATEGORY_MIX] = Mix(CATEGORY_BINS, categories)
+        levels = parts[len(bins) : -1]
         self._levels = {name: Level(part) for name, part in zip(LEVELS, levels, strict=True)}
         self._response = Response(parts[-1])
         self._misled = Misled(settings.drift_fading, np.zeros(Misled.SIZE))
-        self._remembered = {DRIFT: self._memory, MISLED: self._misled.memory}
+        self._remembered = {DRIFT: memory, MISLED: self._misled.memory, CATEGORY_MEMORY: categories}
 
     @property
     def responding(self) -> bool:
         """Return whether accuracy fell and has not come back yet, not longer than a response lasts."""
         return self._response.on
 
-    def observe(self, examples: Examples, report: StepReport, items: int) -> frozenset[str]:
+    def observe(self, examples: Examples, report: StepReport, items: int, categories_BK: Integers) -> frozenset[str]:
         """Take a batch as it was tested among `items`; return the streams that were found to have drifted.
 
-        TRANSITIONS is among them where what followed items should fade.
+        `categories_BK` are the digests of the categories of each item, 0 for none. TRANSITIONS is among the streams
+        where what followed items should fade.
         """
         numbers = levels(examples, report, items)
-        found = {
-            name for name, values in mixes(examples, numbers["item_loss"]).items() if self._mixes[name].add(values)
-        }
+        bins = mixes(examples, numbers["item_loss"], categories_BK)
+        found = {name for name, values in bins.items() if self._mixes[name].add(values)}
         found |= {name for name, values in numbers.items() if self._levels[name].add(values)}
         if self._misled.observe(report.led_B, report.led_anywhere_B, items):
             found.add(TRANSITIONS)
@@ -102,10 +114,10 @@ class Drift:
             memory[:] = dense.get(name, 0)
 
 
-def mixes(examples: Examples, losses: Floats) -> dict[str, Integers]:
+def mixes(examples: Examples, losses: Floats, categories_BK: Integers) -> dict[str, Integers]:
     """Return for each of MIXES the bins of a batch, in order; where something was not given there is none.
 
-    `losses` are the item losses as `levels` has them.
+    `losses` are the item losses as `levels` has them, `categories_BK` the digests of the items' categories.
     """
     lengths_B = (examples.rows_BL != 0).sum(1)
     bins = (
@@ -115,6 +127,7 @@ def mixes(examples: Examples, losses: Floats) -> dict[str, Integers]:
         np.minimum(np.frexp(lengths_B.astype(np.float64))[1], LENGTH_BINS - 1),
         examples.gaps_BL[lengths_B > 0, -1],
         (BELOW_CHANCE - losses).clip(0, SCORE_BINS - 1).astype(np.int64),
+        categories_BK[categories_BK != 0] % CATEGORY_BINS,
     )
     return dict(zip(MIXES, bins, strict=True))
 

@@ -2,10 +2,11 @@
 
 # What the detectors' memory is called in the trainer's payload.
 DRIFT = "drift"
-# And what is remembered to tell whether what followed items misleads.
-MISLED = "drift_misled"
-# Distributions, and means of which higher is worse.
-MIXES = ("item_mix", "class_mix", "context_mix", "history_length", "time_gap", "score")
+# And what is remembered to tell whether what followed items misleads, and of the mix of categories.
+MISLED, CATEGORY_MEMORY = "drift_misled", "drift_category_mix"
+# Distributions, and means of which higher is worse. Categories are those that the catalogue gives the items.
+CATEGORY_MIX = "category_mix"
+MIXES = ("item_mix", "class_mix", "context_mix", "history_length", "time_gap", "score", CATEGORY_MIX)
 LEVELS = ("item_loss", "class_loss", "miss_at_10", "unknown_items", "new_users")
 # By stream what is measured of it; a version's movement from the one before is shown beside, nothing is detected in it.
 ITEM_VECTORS, NETWORK = "item_vectors", "network"

@@ -36,8 +36,9 @@ _DETECTED = [
 _MIXES = [
     Panel(
         "Population stability index",
-        "Of items, classes, contexts, history lengths, time gaps and scores, against a rolling reference. Below 0.1: "
-        "as usual; above 0.25: another population. item_mix after an import of items is as it should be.",
+        "Of items, their categories, classes, contexts, history lengths, time gaps and scores, against a rolling "
+        "reference. Below 0.1: as usual; above 0.25: another population. item_mix after an import of items is as it "
+        "should be.",
         "none",
         _measure("psi"),
         limits=((0.25, "red"),),

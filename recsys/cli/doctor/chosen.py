@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from recsys.cli.doctor.finding import Finding
+from recsys.cli.output import size
+from recsys.condition import duration
 from recsys.errors import SettingsError
 from recsys.server import check_exposure
 from recsys.service.auth import read_tokens
 from recsys.service.transport import chosen
 from recsys.settings import Settings, is_loopback
+from recsys.tls import CERTIFICATES, Named, expiries
 
 # A record with a history of 50 entries; see README.
 RECORD_BYTES = 1400
 # Files that a process has open beside its connections.
 OTHER_FILES = 64
 HIGH_LEARNING_RATE = 0.03
+# As the alert has it: time enough to ask somebody for a new one.
+EXPIRING_SECONDS = 14 * 86_400.0
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
@@ -28,6 +35,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         *_learning(settings),
         *_capacity(settings),
         *_transport(settings),
+        *_certificates(settings),
     ]
     yield from found
     if all(finding.level == "ok" for finding in found):
@@ -76,8 +84,8 @@ def _capacity(settings: Settings) -> Iterator[Finding]:
     needed = settings.replay_capacity * RECORD_BYTES
     if needed > settings.log_max_bytes:
         found = (
-            f"replay_capacity = {settings.replay_capacity:,} takes about {needed:,} bytes of the log, and "
-            f"log_max_bytes is {settings.log_max_bytes:,}: the log fills up and feedback is refused"
+            f"replay_capacity = {settings.replay_capacity:,} takes about {size(needed)} of the log, and "
+            f"log_max_bytes is {size(settings.log_max_bytes)}: the log fills up and feedback is refused"
         )
         yield Finding("settings", "problem", found, "raise log_max_bytes or lower replay_capacity")
     cores = os.cpu_count() or 1
@@ -101,3 +109,22 @@ def _transport(settings: Settings) -> Iterator[Finding]:
     if name == "grpcio" and settings.transport == "auto" and is_loopback(settings.host):
         faster = "; the extra recsys[native] has one that takes several times as many calls"
     yield Finding("transport", "ok", f"{name} (transport = {settings.transport}){faster}")
+
+
+def _certificates(settings: Settings) -> Iterator[Finding]:
+    try:
+        found = expiries(Named(name, getattr(settings, name)) for name in CERTIFICATES)
+    except SettingsError as error:
+        yield Finding("certificates", "problem", str(error), "name the right file, in PEM form")
+        return
+    for setting, expires in found.items():
+        left = expires - time.time()
+        day = f"{datetime.fromtimestamp(expires, UTC):%Y-%m-%d %H:%M} UTC"
+        if left <= 0:
+            advice = "renew it and start again what uses it: nobody who checks it connects any more"
+            yield Finding("certificates", "problem", f"{setting} expired at {day}", advice)
+        elif left < EXPIRING_SECONDS:
+            advice = "renew it, and start again what uses it: the file is read at start"
+            yield Finding("certificates", "warning", f"{setting} expires in {duration(left)}, at {day}", advice)
+        else:
+            yield Finding("certificates", "ok", f"{setting} expires in {duration(left)}, at {day}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from recsys.cli.doctor.finding import Finding, Level
+from recsys.cli.output import size
 from recsys.condition import FULL_PROBLEM, FULL_WARNING, duration
 from recsys.errors import CorruptWeights, RecsysError, SettingsError
 from recsys.feedback_log import FeedbackLog
@@ -63,10 +64,10 @@ def _store(settings: Settings, found: Inspection) -> Iterator[Finding]:
 
 
 def _memory(settings: Settings, found: Inspection) -> Iterator[Finding]:
-    use = f"{found.used_memory:,} bytes in use"
+    use = f"{size(found.used_memory)} in use"
     if found.max_memory and found.policy != "noeviction":
         yield Finding(
-            *("memory", "problem", f"maxmemory {found.max_memory:,} with maxmemory-policy {found.policy}: {use}"),
+            *("memory", "problem", f"maxmemory {size(found.max_memory)} with maxmemory-policy {found.policy}: {use}"),
             "a full store would throw feedback and weights away: set maxmemory-policy noeviction",
         )
         return
@@ -74,7 +75,7 @@ def _memory(settings: Settings, found: Inspection) -> Iterator[Finding]:
         yield Finding("memory", "ok", f"{use}, no bound (maxmemory 0)")
         return
     share = found.used_memory / found.max_memory
-    text = f"{use} of {found.max_memory:,} ({share:.0%})"
+    text = f"{use}, of {size(found.max_memory)} ({share:.0%})"
     allowed = settings.log_max_bytes + settings.weights_max_bytes
     if share > FULL_WARNING:
         level: Level = "problem" if share > FULL_PROBLEM else "warning"
@@ -83,7 +84,7 @@ def _memory(settings: Settings, found: Inspection) -> Iterator[Finding]:
         advice = (
             "raise maxmemory, or lower log_max_bytes and weights_max_bytes: both bounds then hold before the store's"
         )
-        yield Finding("memory", "warning", f"{text}; log and weights may grow to {allowed:,}", advice)
+        yield Finding("memory", "warning", f"{text}; log and weights may grow to {size(allowed)}", advice)
     else:
         yield Finding("memory", "ok", text)
 
@@ -133,7 +134,7 @@ def _clock(found: Inspection) -> Finding:
 def _log(log: FeedbackLog, quarantine: Quarantine) -> Iterator[Finding]:
     usage = log.usage()
     share = usage.bytes / usage.max_bytes
-    text = f"{usage.records:,} records, {usage.bytes:,} of {usage.max_bytes:,} bytes ({share:.0%})"
+    text = f"{usage.records:,} records, {size(usage.bytes)} of {size(usage.max_bytes)} ({share:.0%})"
     if share > FULL_WARNING:
         level: Level = "problem" if share > FULL_PROBLEM else "warning"
         advice = (

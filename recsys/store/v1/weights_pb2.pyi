@@ -122,3 +122,15 @@ class SnapshotRecord(_message.Message):
     trainer_bytes: int
     record: VersionRecord
     def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., attempt: _Optional[str] = ..., checksum: _Optional[bytes] = ..., trainer_checksum: _Optional[bytes] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., trainer_chunks: _Optional[int] = ..., trainer_bytes: _Optional[int] = ..., record: _Optional[_Union[VersionRecord, _Mapping]] = ...) -> None: ...
+
+class ObjectionRecord(_message.Message):
+    __slots__ = ("version", "times", "reason", "time_ms")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    times: int
+    reason: str
+    time_ms: int
+    def __init__(self, version: _Optional[int] = ..., times: _Optional[int] = ..., reason: _Optional[str] = ..., time_ms: _Optional[int] = ...) -> None: ...
