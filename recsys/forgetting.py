@@ -1,6 +1,7 @@
 """Forgetting: remove what was logged of one user, for good, and remember where the log has gaps since.
 
-The weights are not touched: they hold sums over all users and nothing by user. What was learned from removed records
+The weights are not touched: they hold sums over all users and nothing by user but, of accounts of late, a hash and how
+well histories explained what they chose, until another account has the place. What was learned from removed records
 cannot be made again from the log, so their positions are kept, without anything of the user.
 """
 

@@ -21,6 +21,8 @@ from recsys.item_rows import ItemRows
 
 # Per feedback; a count halves after 69, 693 and 6,931 feedback.
 TREND_DECAYS = (0.99, 0.999, 0.9999)
+# Where the slowest trend of positive feedback stands in what is known of an item.
+SLOWEST_TREND = len(TREND_DECAYS) - 1
 # Below this decayed count all items trend alike.
 TREND_FLOOR = 0.02
 # A count that has decayed by more than e to this does not change its sum with the floor.

@@ -47,7 +47,7 @@ LEARNING_SETTINGS = {
     *("trainable", "lora_rank", "optimizer", "average_decay", "anchor_steps", "l2sp_weight", "ewc_weight"),
     *("adapter_width", "prompt_length", "delayed_feedback"),
     *("distillation_weight", "follow_loss", "squared_error_weight", "bayesian_head"),
-    *("drift_fading", "drift_boost"),
+    *("drift_fading", "drift_boost", "trust"),
     *("gate", "gate_events", "gate_confidence", "gate_margin", "gate_past_margin", "gate_growth", "gate_holds"),
 }
 
@@ -295,6 +295,13 @@ class Settings(BaseModel):
     batches_per_version: int = Field(4, ge=1, le=10_000, description="steps in a version when feedback is plentiful")
     publish_seconds: float = Field(
         0.25, gt=0, le=3600, description="a version is closed when its first feedback is this old"
+    )
+
+    # Not misled
+    trust: bool = Field(
+        True,
+        description="when many accounts at once choose what their histories no longer explain, as if they were taken "
+        "over, count nothing that these choose, as long as it lasts",
     )
 
     # What may be published

@@ -40,6 +40,7 @@ from trainer.impressions import NONE
 from trainer.learner import Learner
 from trainer.prequential import StepReport
 from trainer.quality import MISS, NO_EVENT
+from trainer.trust import NOBODY
 
 
 def stream(seed: int, count: int, jumps: tuple[float, ...]) -> list[float]:
@@ -191,6 +192,7 @@ def _examples(settings: Settings, count: int, **changes: np.ndarray) -> Examples
         **{"item_B": np.arange(1, count + 1), "class_B": np.zeros(count, np.int64)},
         "context_BP": np.full((count, settings.max_context), -1),
         "impression_B": np.full(count, NONE),
+        "account_B": np.full(count, NOBODY),
     }
     return Examples(**{**arrays, **changes})
 

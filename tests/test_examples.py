@@ -152,6 +152,7 @@ def test_what_is_drawn_keeps_the_largest_values() -> None:
         class_B=np.array([99]),
         context_BP=np.array([[(1 << 20) - 1, -1]]),
         impression_B=np.array([-(2**63)]),
+        account_B=np.array([2**31 - 1]),
     )
     window = ReplayWindow(settings)
     window.add(extreme)

@@ -46,6 +46,8 @@ EVERY: dict[str, dict[str, Any]] = {
         **{"bayesian_head": True},
     },
 }
+# What the trainer's payload holds beside the optimizers' state.
+KEPT = {"steps", "followed", "drift", "drift_misled", "trust", "trust_accounts"}
 every = pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
 
 
@@ -186,7 +188,7 @@ def test_the_squared_error_is_of_the_expected_place_among_the_classes() -> None:
 def test_by_default_nothing_is_remembered_but_the_optimizers_state_and_what_is_monitored() -> None:
     learner = learned(small_settings(), 3)
     names = {f"{name}.{key}" for name in weights_of(learner) for key in ("step", "exp_avg", "exp_avg_sq")}
-    assert set(learner.write_all()[1].dense) == {"steps", "followed", "drift", "drift_misled", *names}
+    assert set(learner.write_all()[1].dense) == {*KEPT, *names}
 
 
 @every

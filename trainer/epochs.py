@@ -84,6 +84,7 @@ def _small(examples: Examples) -> Examples:
         examples.class_B,
         examples.context_BP.astype(np.int32),
         examples.impression_B,
+        examples.account_B,
     )
 
 

@@ -18,6 +18,7 @@ from recsys.item_table import PADDING_ROW
 from recsys.network import Histories
 from recsys.settings import Settings
 from trainer.impressions import NONE, Impressions
+from trainer.trust import NOBODY
 
 T = TypeVar("T")
 Integers = npt.NDArray[np.integer]
@@ -26,7 +27,7 @@ FORGOTTEN_AT_ONCE = 4096
 
 
 class Event(NamedTuple):
-    """One feedback in rows: its item, class index, time, history before it, context, and key of its impression."""
+    """One feedback in rows: its item, class, time, history before it, context, key of its impression, account."""
 
     row: int
     feedback_class: int
@@ -34,6 +35,8 @@ class Event(NamedTuple):
     history: RowHistory
     context: Mapping[str, str]
     impression: int = NONE
+    # See trainer.trust.
+    account: int = NOBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class Examples:
     context_BP: Array
     # See trainer.impressions.
     impression_B: Array
+    # See trainer.trust.
+    account_B: Array
 
     def __len__(self) -> int:
         return len(self.item_B)
@@ -90,6 +95,7 @@ def encode(events: Sequence[Event], settings: Settings) -> Examples:
         np.array([e.feedback_class for e in events], np.int64),
         encode_contexts([e.context for e in events], settings),
         np.array([e.impression for e in events], np.int64),
+        np.array([e.account for e in events], np.int64),
     )
 
 
@@ -123,6 +129,7 @@ class ReplayWindow:
             "class_B": ((), np.uint8),
             "context_BP": ((settings.max_context,), np.int32),
             "impression_B": ((), np.int64),
+            "account_B": ((), np.int32),
         }
         self._arrays: dict[str, Integers] = {
             name: np.zeros((capacity, *shape), dtype) for name, (shape, dtype) in shapes.items()

@@ -33,7 +33,9 @@ from trainer.examples import Examples, Followed, ReplayWindow, join
 from trainer.full_ranking import MASKED
 from trainer.hindsight import Hindsight
 from trainer.prequential import Prequential, StepReport
+from trainer.quality import MISS
 from trainer.strategies import Strategies
+from trainer.trust import ACCOUNTS, TRUST, Trust, told
 
 ADAGRAD_EPSILON = 1e-10
 SQUARED_GRADIENT = "squared_gradient"
@@ -84,6 +86,7 @@ class Learner:
         self._named: list[int] = []
         self.strategies = Strategies(settings, self.network)
         self.drift = Drift(settings)
+        self.trust = Trust(settings.trust)
         self.prequential = Prequential(settings, self.network, self.table)
         self._provisional = settings.provisional_class
         self._positive = np.array([c.positive for c in settings.classes])
@@ -106,7 +109,9 @@ class Learner:
         if again:
             report, mix_loss, batch = StepReport.untested(len(examples)), torch.zeros((), device=self.device), examples
         else:
-            report, mix_loss = self.prequential.test(examples, seen, standing_IS)
+            report, mix_loss = self.prequential.test(
+                examples, seen, standing_IS, self.trust.trusted(examples.account_B)
+            )
             batch = join([examples, *self._replayed(random)])
         followed = None if again else self.window.followed(examples)
         if followed is not None:
@@ -125,7 +130,8 @@ class Learner:
                 return report
             self._apply(losses, report, 0 if again else len(examples))
         if not again:
-            self._count(examples, followed)
+            trusted_B = self._judge(examples, report)
+            self._count(examples, followed, trusted_B)
             self.remember(examples, self.table.clock)
             categories_BK = self.contents.digests(examples.item_B)
             report.drifted = self.drift.observe(examples, report, len(self.table), categories_BK)
@@ -148,10 +154,22 @@ class Learner:
         if by == 1:
             return
         newest = self.window.newest(RECENT)
-        chosen = np.flatnonzero(self._positive[newest.class_B] & (newest.item_B != PADDING_ROW))[-RECOUNTED:]
+        counts_B = self._positive[newest.class_B] & self.trust.trusted(newest.account_B)
+        chosen = np.flatnonzero(counts_B & (newest.item_B != PADDING_ROW))[-RECOUNTED:]
         recounted = newest.take(chosen)
         latest_NK = recounted.histories(self.device).latest_first(TRANSITION_REACH)
         self._changed.append(self.table.fade_transitions(by, latest_NK, to_tensor(recounted.item_B, self.device)))
+
+    def _judge(self, examples: Examples, report: StepReport) -> np.ndarray:
+        """Take in how well histories explain what was chosen; return whose feedback counts."""
+        told_B = told(report.led_B, report.led_anywhere_B, report.popular_B, len(self.table))
+        # What the user has already tells nothing of habits.
+        told_B[report.rank_B <= MISS] = np.nan
+        self.trust.observe(examples.account_B, told_B, self.table.clock + len(examples))
+        trusted_B = self.trust.trusted(examples.account_B)
+        # Nor does it tell whether what followed items misleads.
+        report.led_anywhere_B[~trusted_B] = np.nan
+        return trusted_B
 
     def _replayed(self, random: np.random.Generator) -> list[Examples]:
         """Draw what is replayed; while a drift is responded to, half of it from what is recent, and learn faster."""
@@ -253,7 +271,7 @@ class Learner:
         Items that got or lost one of the rows before it are written too, if `rows` are what was taken last.
         """
         dense: dict[str, np.ndarray] = {STEPS: np.array([self.steps], np.int64), **self.strategies.write()}
-        dense |= self.drift.write()
+        dense |= self.drift.write() | self.trust.write()
         dense[FOLLOWED] = np.array([self.contents.followed], np.int64)
         passed_on = self.named().split(first_new)[0]
         served = self.replica.write(rows, [*passed_on, *items_of(self.table, first_new)])
@@ -282,6 +300,7 @@ class Learner:
         self.contents.followed = int(own.dense[FOLLOWED][0])
         self.strategies.restore(own.dense)
         self.drift.restore(own.dense)
+        self.trust.restore(own.dense)
 
     def _check(self, own: WeightPayload) -> None:
         """Refuse a trainer's payload that does not fit; nothing is changed."""
@@ -293,7 +312,8 @@ class Learner:
             column = self.table.columns[name]
             fits(name, own.columns[name], (len(own.rows), *column.shape[1:]), column.dtype)
         self.drift.check(own.dense)
-        known = (STEPS, FOLLOWED, DRIFT, MISLED, CATEGORY_MEMORY)
+        self.trust.check(own.dense)
+        known = (STEPS, FOLLOWED, DRIFT, MISLED, CATEGORY_MEMORY, TRUST, ACCOUNTS)
         self.strategies.check({name: array for name, array in own.dense.items() if name not in known})
 
     def take_changed(self) -> Tensor:
@@ -420,13 +440,14 @@ class Learner:
         table.columns["vector"].index_copy_(0, rows_U, vectors_UD)
         self._changed.append(rows_U)
 
-    def _count(self, examples: Examples, followed: Followed | None) -> None:
+    def _count(self, examples: Examples, followed: Followed | None, trusted_B: np.ndarray) -> None:
         latest_BK = examples.histories(self.device).latest_first(TRANSITION_REACH)
         positive_B = torch.from_numpy(self._positive[examples.class_B]).to(self.device)
         class_B = to_tensor(examples.class_B, self.device)
         self.network.rates.count(class_B, to_tensor(examples.context_BP, self.device))
         item_B = to_tensor(examples.item_B, self.device)
-        self._changed.append(self.table.count(latest_BK, item_B, positive_B, class_B))
+        counted_B = item_B.masked_fill(~torch.from_numpy(trusted_B).to(self.device), PADDING_ROW)
+        self._changed.append(self.table.count(latest_BK, counted_B, positive_B, class_B))
         if followed is not None and self._provisional is not None:
             item_M = item_B[to_tensor(followed.place_M, self.device)]
             latest_MK = followed.impressions.histories(self.device).latest_first(TRANSITION_REACH)

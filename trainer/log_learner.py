@@ -32,6 +32,7 @@ from trainer.impressions import NONE, impression_key
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
 from trainer.quality import NEW_ITEM_CHOSEN, Quality
+from trainer.trust import account
 
 # Feedback read and encoded at once while the replay window is filled.
 FILL_COUNT = 5000
@@ -273,7 +274,8 @@ class LogLearner:
         table = self.learner.table
         history = row_history(record.history, table, self._settings.class_index)
         key = impression_key(record.recommendation_id, record.user_id, record.item_id) if self._follows else NONE
-        return Event(table.row(record.item_id), index, record.time_ms, history, record.context, key)
+        row, number = table.row(record.item_id), account(record.user_id)
+        return Event(row, index, record.time_ms, history, record.context, key, number)
 
     def _learn(self) -> None:
         records = [record for _, record in self._pending]

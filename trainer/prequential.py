@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
-from recsys.item_table import TRANSITION_REACH, ItemTable
+from recsys.item_table import SLOWEST_TREND, TRANSITION_REACH, ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
 from trainer import full_ranking
@@ -48,6 +48,8 @@ class StepReport:
     # What leads there from the latest items, and to all items together; NaN where no item was ranked.
     led_B: npt.NDArray[np.float64]
     led_anywhere_B: npt.NDArray[np.float64]
+    # Logarithm of the item's share of choices of late, at the slowest speed; NaN where no item was ranked.
+    popular_B: npt.NDArray[np.float64]
     # What counting said of user and item, side by side: None where nothing was tested.
     rates_BR: Tensor | None = None
     learned: bool = True
@@ -61,7 +63,7 @@ class StepReport:
     def untested(cls, count: int) -> StepReport:
         """Say nothing of `count` examples."""
         ranks_B, losses_B = np.full(count, NO_EVENT), np.full(count, np.nan)
-        return cls(ranks_B, ranks_B, losses_B, losses_B, np.empty((count, 0), np.float32), losses_B, losses_B)
+        return cls(ranks_B, ranks_B, losses_B, losses_B, np.empty((count, 0), np.float32), losses_B, losses_B, losses_B)
 
 
 class Prequential:
@@ -73,12 +75,19 @@ class Prequential:
         # Shown, for those who measure more than ranks, the places in the batch of what is ranked, and all its scores.
         self.watch: Callable[[Rows, Tensor], None] | None = None
 
-    def test(self, examples: Examples, seen: list[Rows] | None, standing_IS: Tensor) -> tuple[StepReport, Tensor]:
+    def test(
+        self,
+        examples: Examples,
+        seen: list[Rows] | None,
+        standing_IS: Tensor,
+        trusted_B: npt.NDArray[np.bool_] | None = None,
+    ) -> tuple[StepReport, Tensor]:
         """Rank every item for each positive example, classify all; return what was found and the mixing loss.
 
         Where gradients are on, that loss's gradient is added to the mixing weights' right away, part by part, so that
         memory does not grow with the number of items.
-        `seen` gives per example the rows left out of the ranking; by default those of its history.
+        `seen` gives per example the rows left out of the ranking; by default those of its history. What is not
+        trusted teaches the mixing weights nothing.
         """
         count, device = len(examples), self._table.device
         self._network.eval()
@@ -95,11 +104,13 @@ class Prequential:
             class_probability_BC=class_probability_BC,
             led_B=np.full(count, np.nan),
             led_anywhere_B=np.full(count, np.nan),
+            popular_B=np.full(count, np.nan),
             rates_BR=rates_BR,
         )
         positive = self._positive[examples.class_B]
         report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
         chosen = np.flatnonzero(positive & self._known(examples.item_B))
+        log_share_I = standing_IS[:, SLOWEST_TREND].log_softmax(0)
         loss = torch.zeros((), device=device)
         at_once = max(1, SCORES_AT_ONCE // self._table.rows)
         for start in range(0, len(chosen), at_once):
@@ -118,7 +129,10 @@ class Prequential:
             transitions = self._table.transitions(histories.take(index).latest_first(TRANSITION_REACH))
             report.led_B[part] = transitions.towards(item_B).cpu().numpy()
             report.led_anywhere_B[part] = transitions.weight_BN.sum(1).cpu().numpy()
+            report.popular_B[part] = log_share_I[item_B].cpu().numpy()
             loss_B = (1 - torch.exp(-ROBUSTNESS * found.loss_B)) / ROBUSTNESS
+            if trusted_B is not None:
+                loss_B = loss_B * torch.from_numpy(trusted_B[part]).to(device)
             mean = loss_B.sum() / len(chosen)
             if mean.requires_grad:
                 torch.autograd.backward(mean)

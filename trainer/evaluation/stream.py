@@ -15,6 +15,7 @@ from recsys.settings import Settings
 from trainer.examples import Event
 from trainer.learner import Learner
 from trainer.quality import Rows
+from trainer.trust import account
 
 NOT_CHOSEN = -1
 
@@ -66,8 +67,8 @@ class _Growing:
 
 
 class _User:
-    def __init__(self, number: int, history_length: int) -> None:
-        self.number = number
+    def __init__(self, number: int, user_id: str, history_length: int) -> None:
+        self.number, self.account = number, account(user_id)
         self.history: deque[tuple[int, int, int]] = deque(maxlen=history_length)
         self.has: set[int] = set()
         self.seen, self.chosen = _Growing(), _Growing()
@@ -107,10 +108,11 @@ class Stream:
                 self.feedback += 1
                 user = self._users.get(user_id)
                 if user is None:
-                    user = _User(len(self._users), self._settings.history_length)
+                    user = _User(len(self._users), user_id, self._settings.history_length)
                     self._users[user_id] = user
                 history = RowHistory(*zip(*user.history, strict=True)) if user.history else RowHistory((), (), ())
-                yield self._case(user_id, user, Event(self._row(item_id), index, time_ms, history, context))
+                event = Event(self._row(item_id), index, time_ms, history, context, account=user.account)
+                yield self._case(user_id, user, event)
 
     def _case(self, user_id: str, user: _User, event: Event) -> Case:
         feedback_class = self._settings.classes[event.feedback_class]
