@@ -168,7 +168,7 @@ class ClickMethod:
     def _features(self, case: Case) -> Sequence[int]:
         event = case.event
         idle = None if case.idle_ms < 0 else case.idle_ms / 1000
-        return self._model.features(event.row, event.history.rows, idle, event.context)
+        return self._model.features(event.row, np.asarray(event.history.rows).tolist(), idle, event.context)
 
 
 class LearnerMethod:
