@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("trainer.quality", "trainer.baselines", "trainer.impressions", "trainer.examples", "trainer.hindsight"),
         "trainer.admission",
         *("trainer.full_ranking", "trainer.prequential", "trainer.drift"),
-        "trainer.contents",
+        *("trainer.contents", "trainer.row_adagrad"),
         "trainer.strategies",
         *("trainer.learner", "trainer.gate", "trainer.metrics"),
     ),
