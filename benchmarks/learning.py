@@ -23,7 +23,8 @@ from recsys.feedback_file import open_feedback_file
 from recsys.settings import load
 from trainer import full_ranking
 from trainer import learner as learner_module
-from trainer.evaluation import RECSYS, Evaluation
+from trainer.evaluation.stream import Stream
+from trainer.examples import batches, encode
 from trainer.learner import Learner
 
 # Parts of a step; those of the second kind look at every item, the ranking within the test.
@@ -81,21 +82,19 @@ def main() -> None:
     file = open_feedback_file(arguments.data)
     given = {"classes": file.classes, "device": arguments.device, "batch_size": arguments.batch}
     settings = load(given, environment={})
-    evaluation = Evaluation(file, settings, choose(settings.device), [RECSYS])
-    learner, clock, untimed = evaluation.learner, Clock(), 0
-    assert learner is not None
+    learner, clock, feedback, untimed = Learner(settings, choose(settings.device)), Clock(), 0, 0
     for first in range(0, arguments.items, ALLOCATED_AT_ONCE):
         learner.allocate(f"resting {n}" for n in range(first, min(first + ALLOCATED_AT_ONCE, arguments.items)))
     clock.watch(learner)
 
-    def progress(done: int) -> None:
-        nonlocal untimed
-        if not untimed and done >= arguments.events // 8:
+    for batch in batches(Stream(file, settings, learner).cases(arguments.events), arguments.batch):
+        learner.step(encode([case.event for case in batch], settings), [case.seen for case in batch])
+        learner.take_changed()
+        feedback += len(batch)
+        if not untimed and feedback >= arguments.events // 8:
             clock.seconds.clear()
-            untimed = done
-
-    evaluation.run(arguments.events, progress)
-    feedback = evaluation.feedback - untimed
+            untimed = feedback
+    feedback -= untimed
     each = {name: round(1000 * spent / feedback * arguments.batch, 2) for name, spent in clock.seconds.items()}
     all_items = {name: each[name] for name in ALL_ITEMS}
     print(

@@ -20,14 +20,15 @@ from recsys.settings import Settings
 from recsys.store.v1.log_pb2 import HistoryEntry
 
 Array = npt.NDArray[np.int64]
+Numbers = Sequence[int] | Array
 
 
 class RowHistory(NamedTuple):
     """A history in rows, class indices and milliseconds since 1970, oldest first."""
 
-    rows: Sequence[int]
-    classes: Sequence[int]
-    times_ms: Sequence[int]
+    rows: Numbers
+    classes: Numbers
+    times_ms: Numbers
 
 
 def row_history(entries: Iterable[HistoryEntry], table: ItemTable, class_index: Mapping[str, int]) -> RowHistory:

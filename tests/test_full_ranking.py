@@ -60,6 +60,8 @@ def test_both_ways_find_the_same(items: int, seen: bool) -> None:
     assert one.popularity_rank_B.tolist() == other.popularity_rank_B.tolist()
     torch.testing.assert_close(one.loss_B, other.loss_B, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(one.scores_BI, other.scores_BI, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(one.led_B2, other.led_B2, rtol=1e-5)
+    assert (one.led_B2[:, 0] > 0).any()
     for mine, theirs in zip(one_gradients, other_gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
         assert float(mine.abs().max()) > 0.01

@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("trainer.examples", "trainer.hindsight"),
         "trainer.admission",
         *("trainer.full_ranking", "trainer.prequential", "trainer.drift"),
-        "trainer.contents",
+        *("trainer.contents", "trainer.row_adagrad"),
         "trainer.strategies",
         *("trainer.learner", "trainer.gate", "trainer.metrics"),
     ),

@@ -35,12 +35,14 @@ class Ranked:
 
     Ranks are 1 for the best, MISS where the user has the item already. The loss is the cross-entropy over all items
     that are ranked, in nats; where the mixing weights learn, it leads back to them. `scores_BI` are what was ranked.
+    `led_B2` is what the transition memory leads to the item, and to all items together.
     """
 
     rank_B: Rows
     popularity_rank_B: Rows
     loss_B: Tensor
     scores_BI: Tensor
+    led_B2: Floats
 
 
 def rank(
@@ -70,7 +72,9 @@ def _by_tensors(
     seen: list[Rows] | None,
 ) -> Ranked:
     with torch.no_grad():
-        lifts_BI = network.lifts(table.transitions(histories.latest_first(TRANSITION_REACH)), table.rows)
+        transitions = table.transitions(histories.latest_first(TRANSITION_REACH))
+        lifts_BI = network.lifts(transitions, table.rows)
+        led_B2 = torch.stack([transitions.towards(item_B), transitions.weight_BN.sum(1)], 1)
     weights_BP = network.mixing_weights(histories)
     scores_BI = network.scores(weights_BP, states_BD, table.column("vector"), standing_IS, lifts_BI)
     hidden_BI = (table.column("total") == 0).repeat(len(item_B), 1)
@@ -91,7 +95,7 @@ def _by_tensors(
         for each_BI in (scores_BI, popularity_BI)
     )
     loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
-    return Ranked(rank_B, popularity_rank_B, loss_B, scores_BI.detach())
+    return Ranked(rank_B, popularity_rank_B, loss_B, scores_BI.detach(), led_B2.cpu().numpy())
 
 
 def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ def _by_loop(
     distance_K = np.arange(1, latest_BK.shape[1] + 1, dtype=np.float32)
     scale_2K = np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER]).astype(np.float32)
     successors = table.column("successor").numpy(), table.column("successor_weight").numpy()
-    rows_BN, sums_2BN = _followed(*successors, latest_BK.contiguous().numpy(), scale_2K)
+    rows_BN, sums_2BN, led_B2 = _followed(*successors, latest_BK.contiguous().numpy(), item_B.numpy(), scale_2K)
     # torch's logarithm does eight at a time.
     lifts_2BN = torch.from_numpy(sums_2BN).div_(TRANSITION_FLOOR).log1p_()
     hidden = list(histories.rows_BL.numpy()) if seen is None else seen
@@ -150,15 +154,21 @@ def _by_loop(
     expected_BP = torch.cat([network_B1, probability_BI @ standing_SI.T, expected_B2], 1)
     came_BP = torch.cat([products_BI.gather(1, item_B[:, None]), standing_IS[item_B], torch.from_numpy(lifts_B2)], 1)
     loss_B = loss_B + ((weights_BP - weights_BP.detach()) * (expected_BP - came_BP)).sum(1)
-    return Ranked(rank_B2[:, 0], rank_B2[:, 1], loss_B, scores_BI)
+    return Ranked(rank_B2[:, 0], rank_B2[:, 1], loss_B, scores_BI, led_B2)
 
 
 @compiled
-def _followed(successor_IM: Integers, weight_IM: Floats, latest_BK: Rows, scale_2K: Floats) -> tuple[Integers, Floats]:
-    """Sum, for each row that followed a user's latest items, both looks at how often; past the last one rows are 0."""
+def _followed(
+    successor_IM: Integers, weight_IM: Floats, latest_BK: Rows, item_B: Rows, scale_2K: Floats
+) -> tuple[Integers, Floats, Floats]:
+    """Sum, for each row that followed a user's latest items, both looks at how often; past the last one rows are 0.
+
+    Then the first look's sums for one item of each user, and for all.
+    """
     users, reach = latest_BK.shape
     room = reach * successor_IM.shape[1]
     rows_BN, sums_2BN = np.zeros((users, room + 1), np.int32), np.zeros((2, users, room + 1), np.float32)
+    led_B2 = np.zeros((users, 2), np.float32)
     place_I = np.full(len(successor_IM), -1, np.int32)
     for user in range(users):
         found = 0
@@ -173,9 +183,12 @@ def _followed(successor_IM: Integers, weight_IM: Floats, latest_BK: Rows, scale_
                             found += 1
                         for look in range(2):
                             sums_2BN[look, user, place_I[row]] += scale_2K[look, distance] * weight_IM[item, slot]
+        if place_I[item_B[user]] >= 0:
+            led_B2[user, 0] = sums_2BN[0, user, place_I[item_B[user]]]
         for place in range(found):
+            led_B2[user, 1] += sums_2BN[0, user, place]
             place_I[rows_BN[user, place]] = -1
-    return rows_BN, sums_2BN
+    return rows_BN, sums_2BN, led_B2
 
 
 @compiled

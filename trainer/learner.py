@@ -27,6 +27,7 @@ from recsys.weights import WeightPayload
 from recsys.weights.payload import NewItems
 from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
+from trainer import row_adagrad
 from trainer.contents import CONTENT_COLUMNS, Contents
 from trainer.drift import CATEGORY_MEMORY, CHOICES, DRIFT, MISLED, TRANSITIONS, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
@@ -37,7 +38,6 @@ from trainer.quality import MISS
 from trainer.strategies import Strategies
 from trainer.trust import ACCOUNTS, TRUST, Trust, told
 
-ADAGRAD_EPSILON = 1e-10
 SQUARED_GRADIENT = "squared_gradient"
 OWN_COLUMNS = (SQUARED_GRADIENT, *CONTENT_COLUMNS)
 STEPS = "steps"
@@ -428,17 +428,9 @@ class Learner:
         rows_U, gradient_UD = losses.rows_U, losses.vectors_UD.grad
         if gradient_UD is None:
             return
-        # What neither follows nor is followed in anything positive has no gradient, and stays as it is.
-        used = (rows_U != 0) & gradient_UD.any(1)
-        rows_U, gradient_UD = rows_U[used], gradient_UD[used]
-        table = self.table
-        accumulated_U = table.columns[SQUARED_GRADIENT][rows_U] + gradient_UD.square().mean(1)
-        table.columns[SQUARED_GRADIENT].index_copy_(0, rows_U, accumulated_U)
-        rate = self.settings.row_learning_rate * self.strategies.rate
-        rate_U1 = rate / (accumulated_U.sqrt() + ADAGRAD_EPSILON)[:, None]
-        vectors_UD = table.columns["vector"][rows_U] - rate_U1 * gradient_UD
-        table.columns["vector"].index_copy_(0, rows_U, vectors_UD)
-        self._changed.append(rows_U)
+        columns, rate = self.table.columns, self.settings.row_learning_rate * self.strategies.rate
+        moved = row_adagrad.move(columns["vector"], columns[SQUARED_GRADIENT], rows_U, gradient_UD, rate)
+        self._changed.append(moved)
 
     def _count(self, examples: Examples, followed: Followed | None, trusted_B: np.ndarray) -> None:
         latest_BK = examples.histories(self.device).latest_first(TRANSITION_REACH)

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
-from recsys.item_table import SLOWEST_TREND, TRANSITION_REACH, ItemTable
+from recsys.item_table import SLOWEST_TREND, ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
 from trainer import full_ranking
 from trainer.examples import Examples
+from trainer.full_ranking import Ranked
 from trainer.quality import MISS, NO_EVENT
 
 # Scores held at once, so that memory does not grow with the number of items.
@@ -72,8 +73,8 @@ class Prequential:
     def __init__(self, settings: Settings, network: RecommendationNetwork, table: ItemTable) -> None:
         self._network, self._table = network, table
         self._positive = np.array([c.positive for c in settings.classes])
-        # Shown, for those who measure more than ranks, the places in the batch of what is ranked, and all its scores.
-        self.watch: Callable[[Rows, Tensor], None] | None = None
+        # Shown, for those who measure more than ranks, the places in the batch of what is ranked, and what was found.
+        self.watch: Callable[[Rows, Ranked], None] | None = None
 
     def test(
         self,
@@ -122,13 +123,11 @@ class Prequential:
                 self._network, self._table, histories.take(index), states_BD[index], standing_IS, item_B, own
             )
             if self.watch is not None:
-                self.watch(part, found.scores_BI)
+                self.watch(part, found)
             report.rank_B[part], report.popularity_rank_B[part] = found.rank_B, found.popularity_rank_B
             # Synchronises with the GPU: what was found leaves for the metrics.
             report.item_loss_B[part] = found.loss_B.detach().cpu().numpy()
-            transitions = self._table.transitions(histories.take(index).latest_first(TRANSITION_REACH))
-            report.led_B[part] = transitions.towards(item_B).cpu().numpy()
-            report.led_anywhere_B[part] = transitions.weight_BN.sum(1).cpu().numpy()
+            report.led_B[part], report.led_anywhere_B[part] = found.led_B2.T
             report.popular_B[part] = log_share_I[item_B].cpu().numpy()
             loss_B = (1 - torch.exp(-ROBUSTNESS * found.loss_B)) / ROBUSTNESS
             if trusted_B is not None:

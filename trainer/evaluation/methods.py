@@ -28,7 +28,7 @@ from trainer.baselines import (
 from trainer.evaluation.measures import Floats
 from trainer.evaluation.stream import Case
 from trainer.examples import Examples, batches, encode
-from trainer.full_ranking import MASKED
+from trainer.full_ranking import MASKED, Ranked
 from trainer.learner import Learner
 from trainer.prequential import Prequential, StepReport
 from trainer.quality import MISS, NO_EVENT, Rows
@@ -168,7 +168,7 @@ class ClickMethod:
     def _features(self, case: Case) -> Sequence[int]:
         event = case.event
         idle = None if case.idle_ms < 0 else case.idle_ms / 1000
-        return self._model.features(event.row, event.history.rows, idle, event.context)
+        return self._model.features(event.row, np.asarray(event.history.rows).tolist(), idle, event.context)
 
 
 class LearnerMethod:
@@ -229,14 +229,16 @@ class LearnerMethod:
         report, _ = self._prequential.test(examples, seen, self.learner.table.standing())
         return report
 
-    def _watcher(self, cases: Sequence[Case], rank_B: Rows, shown: set[int]) -> Callable[[Rows, Tensor], None]:
-        """Rank by the same code as all methods, from the scores that the learner ranks by."""
+    def _watcher(self, cases: Sequence[Case], rank_B: Rows, shown: set[int]) -> Callable[[Rows, Ranked], None]:
+        """Take the learner's ranks; where it has none rank by the code of all methods, from the same scores."""
 
-        def watch(part: Rows, scores_BI: Tensor) -> None:
+        def watch(part: Rows, found: Ranked) -> None:
+            rank_B[part] = found.rank_B
             # Synchronises with the GPU: scores leave to be ranked.
-            for b, scores in zip(part.tolist(), scores_BI.cpu().numpy(), strict=True):
-                # Its own item is among what is ranked, had already or not.
-                rank_B[b] = place(scores, cases[b].event.row)
+            for b, scores in zip(part.tolist(), found.scores_BI.cpu().numpy(), strict=True):
+                if rank_B[b] == MISS:
+                    # Its own item is among what is ranked, had already or not.
+                    rank_B[b] = place(scores, cases[b].event.row)
                 self._events += 1
                 if self._events % SHOWN_EVERY == 0:
                     rows = best(scores, SHOWN)

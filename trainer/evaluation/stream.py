@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +26,8 @@ class Case:
     `event` has rows as the learner counts them. Items that were chosen have numbers beside, in the order of their first
     choice: `item` is this one's (`known` if nobody chose it before and it is chosen now, else NOT_CHOSEN), `chosen` the
     user's earlier choices, `hidden` the distinct ones that the user has. `seen` are the rows that the user has.
+
+    Arrays are views of what grows on: all cases of a file take little more than the file.
     """
 
     event: Event
@@ -37,8 +38,9 @@ class Case:
     item: int
     known: int
     chosen: Rows
-    hidden: Rows
     seen: Rows
+    # Of every row, the item's number by now.
+    numbers: Rows
     # How often the item was chosen before; milliseconds since the user's last history entry, -1 without one.
     choices: int
     idle_ms: int
@@ -47,6 +49,14 @@ class Case:
     def new(self) -> bool:
         """Return whether nobody has chosen the item before."""
         return self.choices == 0
+
+    @property
+    def hidden(self) -> Rows:
+        """Return the numbers of the items that the user has."""
+        number = self.numbers[self.seen]
+        # What others chose later was no choice yet.
+        found: Rows = number[(number != NOT_CHOSEN) & (number < self.known)]
+        return found
 
 
 class _Growing:
@@ -62,16 +72,31 @@ class _Growing:
         self._values[self._size] = value
         self._size += 1
 
-    def view(self) -> Rows:
-        return self._values[: self._size]
+    def view(self, last: int | None = None) -> Rows:
+        return self._values[0 if last is None else max(0, self._size - last) : self._size]
 
 
 class _User:
-    def __init__(self, number: int, user_id: str, history_length: int) -> None:
+    def __init__(self, number: int, user_id: str) -> None:
         self.number, self.account = number, account(user_id)
-        self.history: deque[tuple[int, int, int]] = deque(maxlen=history_length)
+        self.rows, self.classes, self.times_ms = _Growing(), _Growing(), _Growing()
+        # When the last entry of the history was, None without one.
+        self.last_ms: int | None = None
         self.has: set[int] = set()
         self.seen, self.chosen = _Growing(), _Growing()
+
+    def history(self, length: int) -> RowHistory:
+        return RowHistory(self.rows.view(length), self.classes.view(length), self.times_ms.view(length))
+
+    def add(self, event: Event) -> None:
+        """Take a feedback into the history."""
+        self.rows.append(event.row)
+        self.classes.append(event.feedback_class)
+        self.times_ms.append(event.time_ms)
+        self.last_ms = event.time_ms
+        if event.row not in self.has:
+            self.has.add(event.row)
+            self.seen.append(event.row)
 
 
 class Stream:
@@ -108,9 +133,9 @@ class Stream:
                 self.feedback += 1
                 user = self._users.get(user_id)
                 if user is None:
-                    user = _User(len(self._users), user_id, self._settings.history_length)
+                    user = _User(len(self._users), user_id)
                     self._users[user_id] = user
-                history = RowHistory(*zip(*user.history, strict=True)) if user.history else RowHistory((), (), ())
+                history = user.history(self._settings.history_length)
                 event = Event(self._row(item_id), index, time_ms, history, context, account=user.account)
                 yield self._case(user_id, user, event)
 
@@ -118,8 +143,6 @@ class Stream:
         feedback_class = self._settings.classes[event.feedback_class]
         row, known = event.row, self.items
         number = int(self._numbers[row])
-        seen = user.seen.view()
-        hidden = self._numbers[seen]
         case = Case(
             event=event,
             positive=feedback_class.positive,
@@ -129,10 +152,10 @@ class Stream:
             item=known if number == NOT_CHOSEN and feedback_class.positive else number,
             known=known,
             chosen=user.chosen.view(),
-            hidden=hidden[hidden != NOT_CHOSEN],
-            seen=seen,
+            seen=user.seen.view(),
+            numbers=self._numbers,
             choices=0 if number == NOT_CHOSEN else self._choices[number],
-            idle_ms=event.time_ms - user.history[-1][2] if user.history else -1,
+            idle_ms=-1 if user.last_ms is None else event.time_ms - user.last_ms,
         )
         if feedback_class.positive:
             if number == NOT_CHOSEN:
@@ -141,10 +164,7 @@ class Stream:
             self._choices[case.item] += 1
             user.chosen.append(case.item)
         if feedback_class.history:
-            user.history.append((row, event.feedback_class, event.time_ms))
-            if row not in user.has:
-                user.has.add(row)
-                user.seen.append(row)
+            user.add(event)
         return case
 
     def _row(self, item_id: str) -> int:

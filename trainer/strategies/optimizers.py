@@ -44,8 +44,8 @@ class Optimizers:
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self._dense_optimizer.zero_grad(set_to_none=True)
-        self._mixing_optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self._dense.values(), *self._mixing.values()):
+            parameter.grad = None
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the dense part."""
