@@ -246,12 +246,12 @@ def main() -> None:
     """Import, then answer questions until there are no more."""
     import torch
 
-    # What is forked finds both imported.
+    # What is forked finds all of it imported and compiled.
     import recsys.server  # noqa: F401
-    import trainer.daemon  # noqa: F401
+    from recsys.cli.compiling import compile_loops
 
-    # The first optimizer imports half of torch.
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    torch.set_num_threads(1)
+    compile_loops(Settings())
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/task")) == 1, "a template must not have threads"
     answering = _Answering()
