@@ -329,7 +329,7 @@ def _at(settings: Settings) -> list[str]:
 @pytest.fixture
 def learned(settings: Settings) -> Settings:
     """Settings of a store with some versions and several snapshots."""
-    quick = small(settings, snapshot_every_bytes=1 << 18)
+    quick = small(settings, snapshot_every_bytes=1 << 19)
     with trainer(quick) as daemon:
         daemon.start()
         for turn in range(9):

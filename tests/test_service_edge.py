@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import re
@@ -239,6 +240,27 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(settings: Setti
         assert running.value("recsys_requests_rejected_total", reason="overloaded") == 1
         running.scorer.gate.set()
         assert [call.result().version for call in (held, *calls) if call is not refused] == [1, 1, 1]
+
+
+def test_calls_go_without_the_garbage_collector(running: Running, transport: str) -> None:
+    """As cycles they would be looked through by the thousand, in everybody's way."""
+    if transport == "grpcio":
+        pytest.skip("the library's own coroutines are cycles, and hold the call")
+
+    def held() -> int:
+        return sum(type(each) is edge.Call for each in gc.get_objects())
+
+    stub = recommender(running)
+    gc.collect()
+    gc.disable()
+    try:
+        for place in range(10):
+            log(running, click(f"user-{place}"))
+            assert stub.Recommend(Request(user_id="u"), timeout=SECONDS).version == 1
+        # The threads that work on batches still know their last one.
+        until(lambda: held() <= 2)
+    finally:
+        gc.enable()
 
 
 def test_before_the_first_weights_feedback_is_taken_and_recommending_is_not(settings: Settings) -> None:

@@ -104,10 +104,7 @@ class Call:
     Whether the caller may call at all is asked before its message is looked at.
     """
 
-    __slots__ = (
-        *("_deadline", "_edge", "_end", "_given_up", "_make", "_metadata", "_method", "_span", "_started"),
-        "_work",
-    )
+    __slots__ = (*("_deadline", "_edge", "_end", "_given_up", "_metadata", "_method", "_pending", "_span", "_started"),)
 
     def __init__(
         self,
@@ -124,7 +121,7 @@ class Call:
         seconds = DEFAULT_DEADLINE_SECONDS if remaining is None else remaining
         self._deadline = time.monotonic() + seconds
         self._end = end
-        self._work: Future[Any] | None = None
+        self._pending: Pending | None = None
         self._given_up = False
 
     def begin(self, data: bytes) -> None:
@@ -144,16 +141,20 @@ class Call:
         except Exception as error:
             self._refuse(error)
             return
-        self._make, self._work = found.make, found.future
+        self._pending = found
         found.future.add_done_callback(self._finish)
 
     def cancel(self) -> None:
         """Note that the caller has gone; work that has not begun never will."""
         self._given_up = True
-        if self._work is not None:
-            self._work.cancel()
+        pending = self._pending
+        if pending is not None:
+            pending.future.cancel()
 
     def _finish(self, work: Future[Any]) -> None:
+        pending, self._pending = self._pending, None
+        # A future keeps its callbacks: without this each call would be a cycle, left to the garbage collector.
+        assert pending is not None
         if self._given_up or work.cancelled():
             # Transports cancel both when the caller hangs up and when its deadline passes.
             late = time.monotonic() >= self._deadline
@@ -161,7 +162,7 @@ class Call:
             self._end(None)
             return
         try:
-            self._answer(self._make(work.result()))
+            self._answer(pending.make(work.result()))
         except Exception as error:
             self._refuse(error)
 
