@@ -145,10 +145,11 @@ class Forgetting:
     def _remains(self) -> list[str]:
         settings = self._settings
         remains = [
-            "the weights keep what they learned: sums over all users, nothing by user; items stay, also those that "
-            "nobody else chose",
-            f"a trainer at work replays its examples, which hold no user, until {settings.replay_capacity:,} newer "
-            "feedback have taken their place or it is started again",
+            "the weights keep what they learned: sums over all users; items stay, also those that nobody else chose",
+            "beside the weights, of accounts that chose something lately, a short hash of the id is kept, and how well the "
+            "history explained the choices, until another account has their place",
+            f"a trainer at work replays its examples, which hold such a hash and no id, until "
+            f"{settings.replay_capacity:,} newer feedback have taken their place or it is started again",
             "versions that learned or replayed the removed records cannot be rebuilt from the log",
             f"digests of the feedback's ids are kept for at most {settings.deduplication_seconds:,} seconds",
             "the store's append-only file holds the records until it is rewritten (BGREWRITEAOF), and so do copies and "
