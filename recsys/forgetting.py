@@ -146,8 +146,8 @@ class Forgetting:
         settings = self._settings
         remains = [
             "the weights keep what they learned: sums over all users; items stay, also those that nobody else chose",
-            "beside the weights, of accounts that chose something lately, a short hash of the id is kept, and how well the "
-            "history explained the choices, until another account has their place",
+            "beside the weights a short hash of the id of accounts that chose something lately is kept, and how well "
+            "their histories explained the choices, until others have their places",
             f"a trainer at work replays its examples, which hold such a hash and no id, until "
             f"{settings.replay_capacity:,} newer feedback have taken their place or it is started again",
             "versions that learned or replayed the removed records cannot be rebuilt from the log",
