@@ -118,13 +118,23 @@ class Server:
             await asyncio.to_thread(self._close)
             raise
         self.port = self._transport.port
-        for setting, expires in expiries(Named(name, getattr(settings, name)) for name in CERTIFICATES).items():
-            self._parts.metrics.certificate_expires(setting, expires)
+        self._count_down()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._transport.start()
         self._parts.follower.start()
         self._readiness = asyncio.create_task(self._serve_when_ready())
+
+    def _count_down(self) -> None:
+        """Show when certificates expire; one that serves and cannot be read here is no reason not to serve."""
+        for name in CERTIFICATES:
+            try:
+                found = expiries([Named(name, getattr(self._settings, name))])
+            except SettingsError as error:
+                _log.warning("when a certificate expires is not known: %s", error)
+                continue
+            for setting, expires in found.items():
+                self._parts.metrics.certificate_expires(setting, expires)
 
     async def serving(self) -> None:
         """Wait until health says SERVING."""

@@ -462,3 +462,25 @@ def test_candidates_that_worth_could_bring_forward_are_judged_and_no_others() ->
     assert contested(scores, worth, own, wanted, 1.1).tolist() == [0, 1]
     assert contested(scores, worth, own, wanted, 0.05).tolist() == []
     assert contested(scores, worth, own, np.array([1, 1, 1, 1]), 0.05).tolist() == []
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")
+@pytest.mark.parametrize("partitioned_from", [1, 1e9])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 3e38, 1e-38])
+def test_numbers_beyond_all_bounds_end_and_harm_no_other_user(number: float, partitioned_from: float) -> None:
+    table = made_up(3000, 3)
+    with torch.inference_mode():
+        search, draw = Search(), torch.Generator().manual_seed(4)
+        search.install(Items.of(table, partitioned_from), table)
+        mask = torch.zeros(table.rows, dtype=torch.bool)
+        mask[PADDING_ROW] = True
+        hidden = Hidden(mask, mask.nonzero()[:, 0])
+        weights = torch.randn(5, 1 + STANDINGS + LIFTS, generator=draw)
+        states = torch.randn(5, DIMENSION, generator=draw)
+        history, own = torch.zeros(5, REACH, dtype=torch.int64), Own(np.empty(0, np.int64), np.zeros(5, np.int64))
+        expected = search.find(weights, states, history, [hidden] * 5, own, 10)
+        states[2, 1] = weights[2, 3] = number
+        found = search.find(weights, states, history, [hidden] * 5, own, 10)
+    others = [0, 1, 3, 4]
+    assert torch.equal(found.rows_BK[others], expected.rows_BK[others])
+    assert torch.equal(found.scores_BK[others], expected.scores_BK[others])

@@ -104,7 +104,7 @@ class Call:
     Whether the caller may call at all is asked before its message is looked at.
     """
 
-    __slots__ = (*("_deadline", "_edge", "_end", "_given_up", "_metadata", "_method", "_pending", "_span", "_started"),)
+    __slots__ = ("_deadline", "_edge", "_end", "_given_up", "_metadata", "_method", "_pending", "_span", "_started")
 
     def __init__(
         self,
