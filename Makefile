@@ -22,7 +22,9 @@ help:  ## list the targets
 demo: .venv/.installed  ## the whole loop on a simulated audience; DATA=ratings.csv EVENTS=n JSON=1
 	$(BIN)/recsys demo $(if $(DATA),--data '$(DATA)') $(if $(EVENTS),--events $(EVENTS)) $(if $(JSON),--json)
 
+# Compiled beforehand, once: else the first tests wait for it, and each test process compiles for itself.
 test: .venv/.installed  ## every test
+	$(BIN)/recsys compile
 	$(BIN)/python -m pytest -n $(JOBS)
 
 test-cuda: .venv/.installed  ## the learner's and scorer's tests on a GPU

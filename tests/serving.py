@@ -112,13 +112,16 @@ class PlainFollower:
 class Loop:
     """An event loop in a thread of its own, as a server process has one."""
 
+    # A server that starts first compiles its loops where nobody has: a minute, and twice that beside another.
+    SECONDS = 200
+
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(self.SECONDS)
 
     def call(self, function: Callable[[], Any]) -> None:
         self._loop.call_soon_threadsafe(function)

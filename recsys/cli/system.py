@@ -189,8 +189,11 @@ class System:
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    """Make a part's environment: ours, and every setting, so that no part sees others than we do."""
-    values: dict[str, Any] = settings.model_dump(mode="json")
+    """Make a part's environment: ours, and the settings that were given, so that no part sees others than we do.
+
+    Defaults stay unsaid: what is said is asked for, and of some settings only grpcio can do what is asked.
+    """
+    values: dict[str, Any] = settings.model_dump(mode="json", exclude_unset=True)
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)},
