@@ -51,7 +51,7 @@ def test_both_ways_find_the_same(items: int, seen: bool) -> None:
     def found(way: object) -> tuple[Ranked, list[torch.Tensor]]:
         assert callable(way)
         network.zero_grad()
-        ranked = way(network, table, histories, states_BD, table.standing(), item_B, rows)
+        ranked = way(network, table, histories, states_BD, table.standing(), item_B, rows, keep=True)
         (ranked.loss_B * torch.arange(USERS)).sum().backward()
         return ranked, [network.mix.weight.grad.clone(), network.mix.bias.grad.clone()]
 
@@ -59,6 +59,7 @@ def test_both_ways_find_the_same(items: int, seen: bool) -> None:
     assert one.rank_B.tolist() == other.rank_B.tolist()
     assert one.popularity_rank_B.tolist() == other.popularity_rank_B.tolist()
     torch.testing.assert_close(one.loss_B, other.loss_B, atol=1e-5, rtol=1e-5)
+    assert one.scores_BI is not None and other.scores_BI is not None
     torch.testing.assert_close(one.scores_BI, other.scores_BI, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(one.led_B2, other.led_B2, rtol=1e-5)
     assert (one.led_B2[:, 0] > 0).any()
@@ -76,7 +77,7 @@ def test_a_score_that_is_no_number_gives_no_loss() -> None:
     table.columns["vector"][row] = float("nan")
     network = build_network(SETTINGS)
     for way in (full_ranking._by_loop, full_ranking._by_tensors):
-        found = way(network, table, histories, torch.ones(USERS, 8), table.standing(), item_B, None)
+        found = way(network, table, histories, torch.ones(USERS, 8), table.standing(), item_B, None, keep=False)
         # Who has the item does not see it.
         shown_B = ~(histories.rows_BL == row).any(1) | (item_B == row)
         assert torch.isnan(found.loss_B)[shown_B].all()

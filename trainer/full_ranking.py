@@ -1,11 +1,13 @@
 """Full ranking: score every item for some users; say which rank an item of each has, and how well the mix foresaw it.
 
-Written twice: in tensors, for every device, and for the CPU as one loop over users, which gives the same numbers
-with fewer passes over B x I. Shapes as in recsys.network; K latest history entries, M successors of each, N = K x M.
+Written twice: in tensors, for every device, and for the CPU as one loop over the items, which gives the same numbers in
+one pass over B x I. Shapes as in recsys.network; K latest history entries, M successors of each, N = K x M, Z stretches
+of T items.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +24,13 @@ from trainer.quality import MISS, Rows
 
 # In place of the score of an item that must not be ranked.
 MASKED = -1e9
-# Items scored at once: what is computed of them stays in the processor's nearest cache.
-STRETCH = 2048
+# Items looked at together: what is known of them, and computed, stays in the processor's nearest cache.
+STRETCH = 1024
+LOG2_E, LOG_2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
+# Where a float's exponent lies, and what is added to it.
+EXPONENT_PLACE, EXPONENT_BIAS = 23, 127
+# Of the series of e to the power of x: x^6 first.
+SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 Flags = NDArray[np.bool_]
@@ -34,14 +41,15 @@ class Ranked:
     """Hold what was found of each of B users' items.
 
     Ranks are 1 for the best, MISS where the user has the item already. The loss is the cross-entropy over all items
-    that are ranked, in nats; where the mixing weights learn, it leads back to them. `scores_BI` are what was ranked.
-    `led_B2` is what the transition memory leads to the item, and to all items together.
+    that are ranked, in nats; where the mixing weights learn, it leads back to them. `scores_BI` are what was ranked,
+    None where nobody asked for them. `led_B2` is what the transition memory leads to the item, and to all items
+    together.
     """
 
     rank_B: Rows
     popularity_rank_B: Rows
     loss_B: Tensor
-    scores_BI: Tensor
+    scores_BI: Tensor | None
     led_B2: Floats
 
 
@@ -53,13 +61,16 @@ def rank(
     standing_IS: Tensor,
     item_B: Tensor,
     seen: list[Rows] | None,
+    *,
+    keep: bool = False,
 ) -> Ranked:
     """Rank an item for each user among all that were chosen before, but those that the user has.
 
     `seen` has each user's rows, by default those of the history; an item chosen again is looked for all the same.
+    `keep` asks for all scores.
     """
     way = _by_loop if table.device.type == "cpu" else _by_tensors
-    return way(network, table, histories, states_BD, standing_IS, item_B, seen)
+    return way(network, table, histories, states_BD, standing_IS, item_B, seen, keep=keep)
 
 
 def _by_tensors(
@@ -70,6 +81,8 @@ def _by_tensors(
     standing_IS: Tensor,
     item_B: Tensor,
     seen: list[Rows] | None,
+    *,
+    keep: bool,
 ) -> Ranked:
     with torch.no_grad():
         transitions = table.transitions(histories.latest_first(TRANSITION_REACH))
@@ -95,7 +108,8 @@ def _by_tensors(
         for each_BI in (scores_BI, popularity_BI)
     )
     loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
-    return Ranked(rank_B, popularity_rank_B, loss_B, scores_BI.detach(), led_B2.cpu().numpy())
+    kept_BI = scores_BI.detach() if keep else None
+    return Ranked(rank_B, popularity_rank_B, loss_B, kept_BI, led_B2.cpu().numpy())
 
 
 def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:
@@ -118,6 +132,8 @@ def _by_loop(
     standing_IS: Tensor,
     item_B: Tensor,
     seen: list[Rows] | None,
+    *,
+    keep: bool,
 ) -> Ranked:
     weights_BP = network.mixing_weights(histories)
     latest_BK = histories.latest_first(TRANSITION_REACH)
@@ -129,12 +145,10 @@ def _by_loop(
     lifts_2BN = torch.from_numpy(sums_2BN).div_(TRANSITION_FLOOR).log1p_()
     hidden = list(histories.rows_BL.numpy()) if seen is None else seen
     products_BI = states_BD @ table.column("vector").T
-    standing_SI = standing_IS.T.contiguous()
-    scores_BI = torch.empty_like(products_BI)
-    rank_B2, lifts_B2 = _rank(
+    scores_BI = np.empty(products_BI.shape if keep else (0, 0), np.float32)
+    rank_B2, loss_B, excess_BP = _rank(
         products_BI.numpy(),
-        scores_BI.numpy(),
-        standing_SI.numpy(),
+        standing_IS.T.contiguous().numpy(),
         weights_BP.detach().numpy(),
         rows_BN,
         lifts_2BN.numpy(),
@@ -142,19 +156,12 @@ def _by_loop(
         item_B.numpy(),
         np.concatenate(hidden).astype(np.int64, copy=False),
         np.cumsum([len(rows) for rows in hidden], dtype=np.int64),
+        scores_BI,
     )
-    log_BI = scores_BI.log_softmax(1)
-    loss_B = -log_BI.gather(1, item_B[:, None])[:, 0]
-    # What is next to nothing is not made less: underflow takes ten times as long.
-    probability_BI = log_BI.clamp_(min=LEAST_EXPONENT).exp_()
-    # Adds nothing but the way back to the weights: the loss changes by each as what was expected of its part and what
-    # came differ.
-    network_B1 = torch.linalg.vecdot(probability_BI, products_BI)[:, None]
-    expected_B2 = (probability_BI.gather(1, torch.from_numpy(rows_BN).long()) * lifts_2BN).sum(2).T
-    expected_BP = torch.cat([network_B1, probability_BI @ standing_SI.T, expected_B2], 1)
-    came_BP = torch.cat([products_BI.gather(1, item_B[:, None]), standing_IS[item_B], torch.from_numpy(lifts_B2)], 1)
-    loss_B = loss_B + ((weights_BP - weights_BP.detach()) * (expected_BP - came_BP)).sum(1)
-    return Ranked(rank_B2[:, 0], rank_B2[:, 1], loss_B, scores_BI, led_B2)
+    # Adds nothing but the way back to the weights.
+    way_back_B = ((weights_BP - weights_BP.detach()) * torch.from_numpy(excess_BP)).sum(1)
+    kept_BI = torch.from_numpy(scores_BI) if keep else None
+    return Ranked(rank_B2[:, 0], rank_B2[:, 1], torch.from_numpy(loss_B) + way_back_B, kept_BI, led_B2)
 
 
 @compiled
@@ -192,26 +199,150 @@ def _followed(
 
 
 @compiled
+def _chains(rows_X: Rows, ends_B: Rows, items: int) -> tuple[Integers, Integers]:
+    """Chain each user's places in `rows_X` that lie in the same stretch: the first of each, and from each the next; -1.
+
+    The padding row is in none.
+    """
+    first_BZ = np.full((len(ends_B), (items + STRETCH - 1) // STRETCH), -1, np.int32)
+    next_X = np.full(len(rows_X), -1, np.int32)
+    for user in range(len(ends_B)):
+        for place in range(ends_B[user - 1] if user else 0, ends_B[user]):
+            if rows_X[place] != PADDING_ROW:
+                stretch = rows_X[place] // STRETCH
+                next_X[place], first_BZ[user, stretch] = first_BZ[user, stretch], place
+    return first_BZ, next_X
+
+
+@compiled
 def _score(
-    products_I: Floats, standing_SI: Floats, weights_P: Floats, total_I: Floats, scores_I: Floats, first: int
+    products_T: Floats, standing_SI: Floats, weights_P: Floats, total_T: Floats, scores_T: Floats, first: int
 ) -> None:
-    """Write the scores of a stretch of items from `first` on by all that is known of every item."""
+    """Write the scores of a stretch of items, from `first` on, by all that is known of every item."""
     weight = weights_P[0]
-    for item in range(len(scores_I)):
-        scores_I[item] = weight * products_I[item]
+    for place in range(len(products_T)):
+        scores_T[place] = weight * products_T[place]
     for number in range(len(standing_SI)):
         # Row first, then stretch: that leaves the compiler sure that its numbers are side by side.
-        weight, standing_I = weights_P[1 + number], standing_SI[number][first : first + len(scores_I)]
-        for item in range(len(scores_I)):
-            scores_I[item] += weight * standing_I[item]
-    for item in range(len(scores_I)):
-        scores_I[item] = scores_I[item] if total_I[item] > 0.0 else np.float32(MASKED)
+        weight, standing_T = weights_P[1 + number], standing_SI[number][first : first + len(products_T)]
+        for place in range(len(products_T)):
+            scores_T[place] += weight * standing_T[place]
+    for place in range(len(products_T)):
+        scores_T[place] = scores_T[place] if total_T[place] > 0.0 else np.float32(MASKED)
+
+
+@compiled
+def _lift(
+    scores_T: Floats, weights_P: Floats, rows_X: Rows, lifts_2X: Floats, next_X: Integers, mark: int, first: int
+) -> None:
+    """Add to a stretch's scores, from item `first` on, what the transition memory says of those in a chain."""
+    while mark >= 0:
+        place = rows_X[mark] - first
+        if scores_T[place] != np.float32(MASKED):
+            scores_T[place] += weights_P[-2] * lifts_2X[0, mark] + weights_P[-1] * lifts_2X[1, mark]
+        mark = next_X[mark]
+
+
+@compiled
+def _hide(scores_T: Floats, hidden_H: Rows, next_H: Integers, place: int, first: int, item: int) -> bool:
+    """Mask those of a stretch that are in a chain, but the item; return whether that is one of them."""
+    repeated = False
+    if first <= PADDING_ROW < first + len(scores_T):
+        scores_T[PADDING_ROW - first] = np.float32(MASKED)
+    while place >= 0:
+        if hidden_H[place] == item:
+            repeated = True
+        else:
+            scores_T[hidden_H[place] - first] = np.float32(MASKED)
+        place = next_H[place]
+    return repeated
+
+
+@compiled
+def _count_ahead(
+    ahead_2: Rows, scores_T: Floats, total_T: Floats, own: float, own_total: float, place_of_own: int
+) -> None:
+    """Count those of a stretch who are ahead by score and by popularity; of those that tie, the older are."""
+    older = min(max(place_of_own, 0), len(total_T))
+    ahead, popular = 0, 0
+    for place in range(len(total_T)):
+        ahead += scores_T[place] > own
+        popular += (total_T[place] > own_total) & (scores_T[place] != np.float32(MASKED))
+    for place in range(older):
+        ahead += scores_T[place] == own
+        popular += (total_T[place] == own_total) & (scores_T[place] != np.float32(MASKED))
+    ahead_2[0] += ahead
+    ahead_2[1] += popular
+
+
+@compiled
+def _powers(scores_T: Floats, largest: float, powers_T: Floats, halvings_T: Integers) -> None:
+    """Write e to the power of each score less the largest, to six digits: the compiler does eight of them at a time."""
+    for place in range(len(scores_T)):
+        below = scores_T[place] - largest
+        # What is next to nothing is not made less: underflow takes ten times as long. What is no number stays so.
+        below = np.float32(LEAST_EXPONENT) if below < np.float32(LEAST_EXPONENT) else below
+        whole = np.floor(below * LOG2_E + np.float32(0.5))
+        rest = below - whole * LOG_2
+        power = SERIES[0]
+        for factor in SERIES[1:]:
+            power = power * rest + factor
+        halvings_T[place] = (np.int32(whole) + EXPONENT_BIAS) << EXPONENT_PLACE
+        powers_T[place] = power
+    factors_T = halvings_T.view(np.float32)
+    for place in range(len(scores_T)):
+        powers_T[place] *= factors_T[place]
+
+
+@compiled
+def _expect(powers_T: Floats, products_T: Floats, standing_SI: Floats, expected_P: Floats, first: int) -> float:
+    """Add a stretch of items, each times its power, to what is expected of all parts but the lifts; return their sum."""
+    total, product = np.float32(0.0), np.float32(0.0)
+    for place in range(len(powers_T)):
+        total += powers_T[place]
+        product += powers_T[place] * products_T[place]
+    expected_P[0] += product
+    for number in range(len(standing_SI)):
+        standing_T, found = standing_SI[number][first : first + len(powers_T)], np.float32(0.0)
+        for place in range(len(powers_T)):
+            found += powers_T[place] * standing_T[place]
+        expected_P[1 + number] += found
+    return float(total)
+
+
+@compiled
+def _own(
+    products_BI: Floats,
+    standing_SI: Floats,
+    weights_BP: Floats,
+    total_I: Floats,
+    item_B: Rows,
+    rows_X: Integers,
+    lifts_2X: Floats,
+    mark_BZ: Integers,
+    next_X: Integers,
+) -> tuple[Floats, Floats]:
+    """Return each user's item's score, by the same steps as every other's so that what is alike ties, and its parts."""
+    own_B, parts_BP = np.empty(len(item_B), np.float32), np.zeros_like(weights_BP)
+    scores_T = np.empty(STRETCH, np.float32)
+    for user in range(len(item_B)):
+        item, weights_P, mark = item_B[user], weights_BP[user], mark_BZ[user, item_B[user] // STRETCH]
+        first = item // STRETCH * STRETCH
+        end = min(first + STRETCH, len(total_I))
+        _score(products_BI[user, first:end], standing_SI, weights_P, total_I[first:end], scores_T, first)
+        _lift(scores_T, weights_P, rows_X, lifts_2X, next_X, mark, first)
+        own_B[user] = scores_T[item - first]
+        parts_BP[user, 0], parts_BP[user, 1:-2] = products_BI[user, item], standing_SI[:, item]
+        while mark >= 0:
+            if rows_X[mark] == item:
+                parts_BP[user, -2:] = lifts_2X[:, mark]
+            mark = next_X[mark]
+    return own_B, parts_BP
 
 
 @compiled
 def _rank(
     products_BI: Floats,
-    scores_BI: Floats,
     standing_SI: Floats,
     weights_BP: Floats,
     rows_BN: Integers,
@@ -220,48 +351,53 @@ def _rank(
     item_B: Rows,
     hidden_H: Rows,
     ends_B: Rows,
-) -> tuple[Rows, Floats]:
-    """Write all scores; return the items' ranks by score and by popularity, and their lifts."""
-    users, items = products_BI.shape
-    rank_B2, lifts_B2 = np.full((users, 2), MISS), np.zeros((users, 2), np.float32)
+    scores_BI: Floats,
+) -> tuple[Rows, Floats, Floats]:
+    """Go through all items once, a stretch at a time for all users. Scores are written where there is room for them.
+
+    Return the items' ranks by score and by popularity, the losses, and of each part of the score how much more was
+    expected than came: so the loss changes with the part's weight.
+    """
+    (users, items), rows_X, lifts_2X = products_BI.shape, rows_BN.ravel(), lifts_2BN.reshape(2, rows_BN.size)
+    mark_BZ, next_X = _chains(rows_X, rows_BN.shape[1] * np.arange(1, users + 1), items)
+    hidden_BZ, next_H = _chains(hidden_H, ends_B, items)
+    ways = rows_X, lifts_2X, mark_BZ, next_X
+    own_B, came_BP = _own(products_BI, standing_SI, weights_BP, total_I, item_B, *ways)
+    largest_B, sum_B, expected_BP = own_B.copy(), np.zeros(users), np.zeros(weights_BP.shape)
+    ahead_B2, repeated_B = np.zeros((users, 2), np.int64), np.zeros(users, np.bool_)
+    scores, powers, halvings = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
+    for stretch in range(mark_BZ.shape[1]):
+        first, end = stretch * STRETCH, min((stretch + 1) * STRETCH, items)
+        total_T, scores_T = total_I[first:end], scores[: end - first]
+        powers_T, halvings_T = powers[: end - first], halvings[: end - first]
+        for user in range(users):
+            item, products_T, mark = item_B[user], products_BI[user, first:end], mark_BZ[user, stretch]
+            _score(products_T, standing_SI, weights_BP[user], total_T, scores_T, first)
+            _lift(scores_T, weights_BP[user], rows_X, lifts_2X, next_X, mark, first)
+            repeated_B[user] |= _hide(scores_T, hidden_H, next_H, hidden_BZ[user, stretch], first, item)
+            if len(scores_BI):
+                scores_BI[user, first:end] = scores_T
+            _count_ahead(ahead_B2[user], scores_T, total_T, own_B[user], total_I[item], item - first)
+            largest = largest_B[user]
+            for place in range(len(scores_T)):
+                largest = scores_T[place] if scores_T[place] > largest else largest
+            if largest > largest_B[user]:
+                shrink = np.exp(np.float64(largest_B[user]) - largest)
+                sum_B[user] *= shrink
+                expected_BP[user] *= shrink
+                largest_B[user] = largest
+            _powers(scores_T, largest, powers_T, halvings_T)
+            sum_B[user] += _expect(powers_T, products_T, standing_SI, expected_BP[user], first)
+            while mark >= 0:
+                for look in range(2):
+                    expected_BP[user, look - 2] += powers_T[rows_X[mark] - first] * lifts_2X[look, mark]
+                mark = next_X[mark]
+    rank_B2, loss_B = 1 + ahead_B2, np.empty(users, np.float32)
     for user in range(users):
-        products_I, scores_I, weights_P, item = products_BI[user], scores_BI[user], weights_BP[user], item_B[user]
-        for first in range(0, items, STRETCH):
-            end = min(first + STRETCH, items)
-            _score(products_I[first:end], standing_SI, weights_P, total_I[first:end], scores_I[first:end], first)
-        mark = 0
-        while rows_BN[user, mark] != PADDING_ROW:
-            row = rows_BN[user, mark]
-            if row == item:
-                lifts_B2[user] = lifts_2BN[:, user, mark]
-            if total_I[row] > 0.0:
-                scores_I[row] += weights_P[-2] * lifts_2BN[0, user, mark] + weights_P[-1] * lifts_2BN[1, user, mark]
-            mark += 1
-        repeated, popular = _hide(scores_I, total_I, item, hidden_H[ends_B[user - 1] if user else 0 : ends_B[user]])
-        own, ahead = scores_I[item], 0
-        for place in range(items):
-            ahead += scores_I[place] > own
-        for place in range(item):
-            ahead += scores_I[place] == own
-        if not repeated:
-            rank_B2[user, 0] = 1 + ahead if np.isfinite(own) else MISS
-            rank_B2[user, 1] = 1 + popular
-    return rank_B2, lifts_B2
-
-
-@compiled
-def _hide(scores_I: Floats, total_I: Floats, item: int, hidden_H: Rows) -> tuple[bool, int]:
-    """Mask a user's rows but the item; return whether the item is one of them, and how many others are more popular."""
-    own, popular, repeated = total_I[item], 0, False
-    scores_I[PADDING_ROW] = np.float32(MASKED)
-    for place in range(len(total_I)):
-        popular += total_I[place] > own
-    for place in range(item):
-        popular += total_I[place] == own
-    for row in hidden_H:
-        if row == item:
-            repeated = True
-        elif scores_I[row] != np.float32(MASKED):
-            scores_I[row] = np.float32(MASKED)
-            popular -= total_I[row] > own or (total_I[row] == own and row < item)
-    return repeated, popular
+        expected_BP[user] = expected_BP[user] / sum_B[user] - came_BP[user]
+        loss_B[user] = np.log(sum_B[user]) + largest_B[user] - own_B[user]
+        if repeated_B[user]:
+            rank_B2[user] = MISS
+        elif not np.isfinite(own_B[user]):
+            rank_B2[user, 0] = MISS
+    return rank_B2, loss_B, expected_BP.astype(np.float32)

@@ -234,6 +234,7 @@ class LearnerMethod:
 
         def watch(part: Rows, found: Ranked) -> None:
             rank_B[part] = found.rank_B
+            assert found.scores_BI is not None
             # Synchronises with the GPU: scores leave to be ranked.
             for b, scores in zip(part.tolist(), found.scores_BI.cpu().numpy(), strict=True):
                 if rank_B[b] == MISS:
