@@ -9,8 +9,8 @@ import numpy as np
 import redis
 import torch
 
-from recsys.item_table import TREND_DECAYS
 from recsys.settings import Settings
+from recsys.standing import TREND_DECAYS
 from recsys.weights import Lineage, WeightPayload
 from trainer.learner import Learner
 

@@ -18,23 +18,12 @@ from torch import Tensor
 from recsys.following import follow
 from recsys.item_rows import PADDING_ROW as PADDING_ROW
 from recsys.item_rows import ItemRows
+from recsys.standing import COLUMNS, TREND_DECAYS, Standing, by_tensors
 
-# Per feedback; a count halves after 69, 693 and 6,931 feedback.
-TREND_DECAYS = (0.99, 0.999, 0.9999)
-# Where the slowest trend of positive feedback stands in what is known of an item.
-SLOWEST_TREND = len(TREND_DECAYS) - 1
-# Below this decayed count all items trend alike.
-TREND_FLOOR = 0.02
 # A count that has decayed by more than e to this does not change its sum with the floor.
 LEAST_EXPONENT = -80.0
 # Rows of which all is known that is computed at once: what it takes stays in the processor's cache.
 STRETCH = 16_384
-# What is known of an item whoever asks: decayed counts of its positive feedback and of all its feedback at each speed,
-# positive feedback ever, and age.
-STANDINGS = 2 * len(TREND_DECAYS) + 2
-# Logarithms of counts and ages are brought to the scale of the rest.
-TOTAL_SCALE = 0.5
-AGE_SCALE = 0.5
 # How far back a choice counts as following another, with weight 1/sqrt(distance) where it is counted and again where it
 # is looked up. On two real streams this is up to a quarter better than 1/distance divided by how often each was chosen.
 TRANSITION_REACH = 20
@@ -277,27 +266,11 @@ class ItemTable:
             self.columns[name].index_copy_(0, index, values.to(self.device))
 
     def standing(self) -> Tensor:
-        """Return what is known of every item whoever asks, on log scales: (I, STANDINGS).
-
-        log(decayed count + floor) less the largest at each speed, of positive and of all feedback, as of the clock; log
-        of the positive feedback ever; log of the age in feedback, less that of the oldest there may be.
-        """
-        speeds = len(TREND_DECAYS)
-        found_SI = torch.empty(STANDINGS, self.rows, device=self.device)
-        for first in range(0, self.rows, STRETCH):
-            here = slice(first, min(first + STRETCH, self.rows))
-            idle_I = (self.clock - self.columns["touched"][here]).to(torch.float64)
-            # What is next to nothing is not made less: underflow takes ten times as long.
-            exponent_SI = (self._log_decay_S[:speeds, None] * idle_I).clamp_(min=LEAST_EXPONENT)
-            # Positive and all feedback fade alike.
-            decay_SI = exponent_SI.exp_().to(torch.float32).repeat(2, 1)
-            found_SI[: 2 * speeds, here] = torch.log(self.columns["trend"][here].T * decay_SI + TREND_FLOOR)
-            found_SI[-2, here] = TOTAL_SCALE * torch.log1p(self.columns["total"][here])
-            age_I = (self.clock - self.columns["first"][here]).to(torch.float32)
-            found_SI[-1, here] = AGE_SCALE * torch.log1p(age_I)
-        found_SI[: 2 * speeds] -= found_SI[: 2 * speeds].amax(1, keepdim=True)
-        found_SI[-1] -= AGE_SCALE * math.log1p(self.clock)
-        return found_SI.T
+        """Return what is known of every item whoever asks, as of the clock: (I, STANDINGS)."""
+        if self.device.type == "cpu":
+            columns = {name: self.columns[name].numpy() for name in COLUMNS}
+            return torch.from_numpy(Standing.of(columns, self.rows, self.clock).rows_IS)
+        return by_tensors(self.columns, self.rows, self.clock)
 
     def transitions(self, history_BK: Tensor) -> Transitions:
         """Look up what followed the latest history items; `history_BK` holds rows, latest first.

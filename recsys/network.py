@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from recsys import last_place
 from recsys.additions import Adapter, Prompt
-from recsys.item_table import AUDIENCE_REACH, PADDING_ROW, STANDINGS, TREND_DECAYS, ItemTable, Transitions
+from recsys.item_table import AUDIENCE_REACH, PADDING_ROW, ItemTable, Transitions
 from recsys.rates import Rates
 from recsys.settings import Settings
+from recsys.standing import STANDINGS, TREND_DECAYS
 
 # Time between a history entry and now, in powers of two of a second: bucket 0 is under a second, 31 is over 34 years.
 GAP_BUCKETS = 32

@@ -59,7 +59,8 @@ def test_both_ways_find_the_same(items: int, seen: bool) -> None:
     assert one.rank_B.tolist() == other.rank_B.tolist()
     assert one.popularity_rank_B.tolist() == other.popularity_rank_B.tolist()
     torch.testing.assert_close(one.loss_B, other.loss_B, atol=1e-5, rtol=1e-5)
-    assert one.scores_BI is not None and other.scores_BI is not None
+    assert one.scores_BI is not None
+    assert other.scores_BI is not None
     torch.testing.assert_close(one.scores_BI, other.scores_BI, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(one.led_B2, other.led_B2, rtol=1e-5)
     assert (one.led_B2[:, 0] > 0).any()

@@ -16,9 +16,9 @@ from learning import CPU, small
 from torch import Tensor
 
 from recsys.encoding import RowHistory
-from recsys.item_table import TREND_DECAYS, TREND_FLOOR
 from recsys.rates import DECAY
 from recsys.settings import Settings, load
+from recsys.standing import TREND_DECAYS, TREND_FLOOR
 from recsys.weights import encode as encode_payload
 from trainer.examples import Event, ReplayWindow, batches, encode
 from trainer.hindsight import Hindsight

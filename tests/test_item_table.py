@@ -14,20 +14,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recsys.item_table import (
-    AGE_SCALE,
     MINIMUM_CAPACITY,
     NEXT_POWER,
-    STANDINGS,
-    TOTAL_SCALE,
     TRANSITION_BACK,
     TRANSITION_DECAY,
     TRANSITION_REACH,
-    TREND_DECAYS,
-    TREND_FLOOR,
     VECTOR_SCALE,
     ItemTable,
     Transitions,
 )
+from recsys.standing import AGE_SCALE, STANDINGS, TOTAL_SCALE, TREND_DECAYS, TREND_FLOOR
 
 ITEMS = 7
 USERS = 3

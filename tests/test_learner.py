@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from recsys.encoding import RowHistory
-from recsys.item_table import PADDING_ROW, TREND_DECAYS
+from recsys.item_table import PADDING_ROW
 from recsys.settings import Settings, load
+from recsys.standing import TREND_DECAYS
 from recsys.weights import decode, encode
 from trainer.contents import CONTENT_COLUMNS
 from trainer.examples import Event, batches

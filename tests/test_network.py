@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recsys.item_table import AUDIENCE_REACH, STANDINGS, ItemTable, Transitions
+from recsys.item_table import AUDIENCE_REACH, ItemTable, Transitions
 from recsys.network import (
     CONTEXT_WIDTH,
     GAP_BUCKETS,
@@ -24,6 +24,7 @@ from recsys.network import (
     build_network,
 )
 from recsys.settings import Settings, load
+from recsys.standing import STANDINGS
 
 LENGTH, DIMENSION, ITEMS = 7, 12, 20
 

@@ -9,7 +9,7 @@ from learning import CPU
 from numpy.typing import NDArray
 from test_search import CASES, DIMENSION, REACH, first_version, made_up, nothing_hidden
 
-from recsys.item_table import PADDING_ROW, STANDINGS, ItemTable
+from recsys.item_table import PADDING_ROW, ItemTable
 from recsys.network import LIFTS
 from recsys.scorer import lanes, search
 from recsys.scorer.centres import Centres
@@ -21,6 +21,7 @@ from recsys.scorer.retrieval import HIDDEN, Found, Hidden, Own
 from recsys.scorer.rough import Rough
 from recsys.scorer.search import Search
 from recsys.settings import Settings
+from recsys.standing import STANDINGS
 from recsys.weights.replica import Replica
 
 pytestmark = pytest.mark.skipif(not lanes.available(), reason="no AVX2 here: nothing is looked at roughly")

@@ -18,10 +18,10 @@ from learning import CPU, START_MS, small
 from recsys.catalog import Catalog, CatalogMirror, CategoryFilter, Item
 from recsys.encoding import RowHistory, encode_contexts
 from recsys.errors import CorruptWeights, NotReady
-from recsys.item_table import TREND_DECAYS
 from recsys.network import Histories
 from recsys.scorer import Answer, Query, ScoredItem, Scorer
 from recsys.settings import Settings
+from recsys.standing import TREND_DECAYS
 from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.v1.recommender_pb2 import SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from learning import CPU
 from numpy.typing import NDArray
 
-from recsys.item_table import PADDING_ROW, STANDINGS, ItemTable
+from recsys.item_table import PADDING_ROW, ItemTable
 from recsys.network import LIFTS, TRANSITION_FLOOR, Histories
 from recsys.scorer import lanes, scan, shortlist
 from recsys.scorer.encoder import Encoder
@@ -24,9 +24,9 @@ from recsys.scorer.ranking import Ranking
 from recsys.scorer.retrieval import HIDDEN, Hidden, Own, Retrieval
 from recsys.scorer.rough import LARGEST, Rough, whole_weights
 from recsys.scorer.search import Search
-from recsys.scorer.standing import Standing
 from recsys.scorer.user_rates import UserRates
 from recsys.settings import Settings
+from recsys.standing import STANDINGS, Standing, by_tensors
 from recsys.weights import WeightPayload
 from recsys.weights.replica import Replica
 
@@ -258,7 +258,7 @@ def test_standing_is_that_of_the_table() -> None:
         table.clock += 10 ** (2 * seed)
         columns = {name: column.numpy() for name, column in table.columns.items()}
         found = Standing.of(columns, table.rows, table.clock)
-        expected = table.standing()
+        expected = by_tensors(table.columns, table.rows, table.clock)
         assert np.allclose(found.rows_IS, expected.numpy(), atol=2e-6)
         assert np.allclose(found.mean_S, expected[1:].mean(0).numpy(), atol=1e-5)
 

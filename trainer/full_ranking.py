@@ -296,7 +296,7 @@ def _powers(scores_T: Floats, largest: float, powers_T: Floats, halvings_T: Inte
 
 @compiled
 def _expect(powers_T: Floats, products_T: Floats, standing_SI: Floats, expected_P: Floats, first: int) -> float:
-    """Add a stretch of items, each times its power, to what is expected of all parts but the lifts; return their sum."""
+    """Add a stretch of items, each times its power, to what is expected of parts but the lifts; return their sum."""
     total, product = np.float32(0.0), np.float32(0.0)
     for place in range(len(powers_T)):
         total += powers_T[place]

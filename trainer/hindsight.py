@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recsys.item_table import AGE_SCALE, TOTAL_SCALE, TREND_DECAYS, TREND_FLOOR, ItemTable
+from recsys.item_table import ItemTable
+from recsys.standing import AGE_SCALE, TOTAL_SCALE, TREND_DECAYS, TREND_FLOOR
 from trainer.examples import Followed, ReplayWindow
 from trainer.impressions import NONE
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.encoding import to_tensor
-from recsys.item_table import SLOWEST_TREND, ItemTable
+from recsys.item_table import ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
+from recsys.standing import SLOWEST_TREND
 from trainer import full_ranking
 from trainer.examples import Examples
 from trainer.full_ranking import Ranked

@@ -17,7 +17,7 @@ from recsys.item_table import ItemTable
 from recsys.scorer import lanes
 from recsys.scorer.partitions import Partitions
 from recsys.scorer.rough import Rough
-from recsys.scorer.standing import COLUMNS, Changed, Standing
+from recsys.standing import COLUMNS, Changed, Standing
 from recsys.weights.payload import NewItems, WeightPayload
 from recsys.weights.replica import CLOCK
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.compiled import compiled
-from recsys.item_table import STANDINGS, ItemTable
+from recsys.item_table import ItemTable
 from recsys.network import CONTEXT_WIDTH, RecommendationNetwork
 from recsys.rates import PRIOR
+from recsys.standing import STANDINGS
 
 Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]
