@@ -33,8 +33,8 @@ FIXED_PARTS = 3.0
 # The factor grows with a batch that took longer than it said, and shrinks a tenth as much with every other.
 FIRST_STRETCH, LARGEST_STRETCH = 1.5, 3.0
 STRETCH_MORE, STRETCH_LESS = 1.1, 0.99
-# How long a look for items lasts at most; a batcher that is closed meanwhile ends after it.
-RECEIVE_SECONDS = 0.5
+# How long a look for items lasts at most: an item that comes another way waits for its end, and so does who closes.
+RECEIVE_SECONDS = 0.05
 
 
 class Pace:
