@@ -358,6 +358,17 @@ def test_every_error_has_a_code_a_reason_and_a_delay_where_one_helps() -> None:
         assert details_of(status)["ErrorInfo"].reason == kind.reason
 
 
+@pytest.mark.parametrize(
+    "request_id", ["r", "é" * 3, "x" * 32, "x" * edge.MAX_REQUEST_ID_LENGTH, "ü" * edge.MAX_REQUEST_ID_LENGTH]
+)
+def test_a_refusal_names_the_request(request_id: str) -> None:
+    error = errors.Overloaded("full")
+    refusal = to_refusal(error, wire_error(error), method="/s/m", request_id=request_id)
+    details = details_of(status_pb2.Status.FromString(refusal.details))
+    assert details["RequestInfo"].request_id == request_id
+    assert details["RetryInfo"].retry_delay.ToMilliseconds() == 100
+
+
 def test_an_error_below_a_listed_one_is_answered_as_that_one() -> None:
     class Special(errors.NotReady):
         pass

@@ -77,7 +77,8 @@ TABLE: dict[type[errors.RecsysError], WireError] = {
 
 def wire_error(error: Exception) -> WireError:
     """Look an error up by its nearest class in the table; what is no RecsysError is internal."""
-    return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _INTERNAL)
+    kind = type(error)
+    return TABLE[kind] if kind in TABLE else next((TABLE[each] for each in kind.__mro__ if each in TABLE), _INTERNAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def to_refusal(error: Exception, wire: WireError, *, method: str, request_id: st
     """
     reason = error.reason if isinstance(error, errors.RecsysError) else errors.RecsysError.reason
     message = wire.message or str(error)
-    parts = [status_pb2.Status(code=wire.code, message=message).SerializeToString()]
+    parts = [_status(wire.code, message)]
     if isinstance(error, errors.InvalidInput):
         metadata = {"method": method, "fields": ",".join(v.field for v in error.violations)}
         faults = [
@@ -117,8 +118,23 @@ def to_refusal(error: Exception, wire: WireError, *, method: str, request_id: st
     if wire.retry_seconds is not None:
         seconds = (error.retry_seconds if isinstance(error, errors.Overloaded) else None) or wire.retry_seconds
         parts.append(_retry_info(math.ceil(seconds * 1000)))
-    parts.append(_detail(error_details_pb2.RequestInfo(request_id=request_id)))
+    before, after = _around_request_id(len(request_id.encode()))
+    parts.append(before + request_id.encode() + after)
     return Refusal(wire.code, message, b"".join(parts))
+
+
+@lru_cache(maxsize=WRITTEN_KEPT)
+def _status(code: int, message: str) -> bytes:
+    written: bytes = status_pb2.Status(code=code, message=message).SerializeToString()
+    return written
+
+
+@lru_cache(maxsize=WRITTEN_KEPT)
+def _around_request_id(length: int) -> tuple[bytes, bytes]:
+    """Return what a RequestInfo is before and after an id of so many bytes."""
+    request_id = "\0" * length
+    before, after = _detail(error_details_pb2.RequestInfo(request_id=request_id)).split(request_id.encode())
+    return before, after
 
 
 @lru_cache(maxsize=WRITTEN_KEPT)
