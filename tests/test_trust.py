@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from learning import CPU, START_MS, append, fork, head, learn_all, small, trainer, versions
 
+from recsys.accounts import NOBODY, PLACES, account
 from recsys.errors import CorruptWeights
 from recsys.feedback import Feedback
 from recsys.settings import Settings
@@ -22,12 +23,9 @@ from trainer.trust import (
     LATELY,
     LEAST_TOLD,
     MOST,
-    NOBODY,
-    PLACES,
     SPREAD,
     TRUST,
     Trust,
-    account,
     told,
 )
 
@@ -98,6 +96,18 @@ def test_accounts_that_many_lost_count_no_more_until_their_users_are_back() -> N
     clock.go(30, OWN)
     assert not clock.trust.attacked
     assert clock.trust.trusted(CROWD).all()
+
+
+def test_a_forgotten_account_begins_anew() -> None:
+    clock = Clock()
+    clock.go(60, OWN)
+    clock.go(20, _taken(2))
+    (lost, *_) = CROWD[~clock.trust.trusted(CROWD)].tolist()
+    assert clock.trust.forget(lost)
+    assert clock.trust.trusted(np.array([lost])).all()
+    assert lost not in clock.trust.write()[ACCOUNTS][0]
+    # Nobody is there any more.
+    assert not clock.trust.forget(lost)
 
 
 def test_a_few_that_change_are_no_attack_and_neither_are_new_accounts() -> None:

@@ -96,7 +96,7 @@ class Daemon:
             self._begin(self._publisher.publish(self.learner, changed, self._learning.lineage(now_ms())), changed)
         else:
             self._learning.fill_window(self.log, head)
-            self._learning.read_catalogue(self.log, head)
+            self._learning.read_aside(self.log, head)
             self._begin(head)
             self._keep_aside(head)
         return self._learning.head
@@ -217,7 +217,7 @@ class Daemon:
         self._resume()
         changed = self.learner.take_changed()
         head = self._publisher.publish(self.learner, changed, lineage)
-        self._learning.read_catalogue(self.log, head)
+        self._learning.read_aside(self.log, head)
         self._begin(head)
         self._keep_aside(head)
 
