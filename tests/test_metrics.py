@@ -28,7 +28,8 @@ PLAIN = {
     *("recsys_served_version", "recsys_committed_version", "recsys_items", "recsys_queue_requests"),
     *("recsys_score_batch_requests", "recsys_store_reachable", "recsys_feedback_backlog"),
     *("recsys_feedback_log_records", "recsys_learning_loss", "recsys_prequential_log_loss", "recsys_gradient_norm"),
-    *("recsys_recommended_novelty", "recsys_drift_score"),
+    *("recsys_recommended_novelty", "recsys_drift_score", "recsys_under_attack", "recsys_accounts_distrusted"),
+    "recsys_store_file_written",
 }
 LABELS = {
     *("grpc_type", "grpc_service", "grpc_method", "grpc_code", "field", "source", "reason", "stage", "part"),
@@ -72,6 +73,8 @@ NAME_UNITS = {
     "recsys_served_version": "version",
     "recsys_committed_version": "version",
     "recsys_store_reachable": "0 or 1",
+    "recsys_store_file_written": "0 or 1",
+    "recsys_under_attack": "0 or 1",
 }
 
 
@@ -316,6 +319,8 @@ def test_trainer_values(registry: CollectorRegistry) -> None:
     metrics.loss("item", 3.5)
     metrics.gradient_norm(0.75)
     metrics.freshness("read_to_learned", [0.1, 0.2])
+    metrics.trust(True, 30)
+    metrics.distrusted(7)
     metrics.store_errors(2)
     metrics.snapshot_written(1 << 20, 0.25)
     assert value(registry, "recsys_trainer_info", version="0.1.0", device="cpu", device_name="Some CPU") == 1
@@ -336,6 +341,9 @@ def test_trainer_values(registry: CollectorRegistry) -> None:
     assert value(registry, "recsys_learning_loss", part="item") == 3.5
     assert value(registry, "recsys_gradient_norm") == 0.75
     assert value(registry, "recsys_freshness_seconds_count", stage="read_to_learned") == 2
+    assert value(registry, "recsys_under_attack") == 1
+    assert value(registry, "recsys_accounts_distrusted") == 30
+    assert value(registry, "recsys_feedback_distrusted_total") == 7
     assert value(registry, "recsys_store_errors_total") == 2
     assert value(registry, "recsys_snapshot_bytes") == 1 << 20
     assert value(registry, "recsys_snapshot_seconds_count") == 1

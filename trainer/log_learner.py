@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recsys.accounts import account
+from recsys.condition import DISTRUSTED_ACCOUNTS, UNDER_ATTACK
 from recsys.encoding import row_history, to_tensor
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
 from recsys.item_table import PADDING_ROW
@@ -205,7 +206,7 @@ class LogLearner:
             feedback_learned=self.head.feedback_learned + self.consumed,
             feedback_added=len(self.accepted_ms),
             settings_digest=self._settings.learning_digest(),
-            metrics=self.quality.summary(recent=True) | self._drift(),
+            metrics=self.quality.summary(recent=True) | self._drift() | self._trust(),
             accepted_ms=self.accepted_ms,
             committed_ms=committed_ms,
             window_position=oldest,
@@ -222,6 +223,11 @@ class LogLearner:
         moved = {score_key(name, MEASURES[name][0]): value for name, value in self._movement.items()}
         found = dict.fromkeys(map(detected_key, sorted(self.drifted)), 1.0)
         return {**self.learner.drift.scores(), **moved, DETECTED: float(bool(found)), **found}
+
+    def _trust(self) -> dict[str, float]:
+        """Return whether accounts are under attack, as a version's metrics have it."""
+        trust = self.learner.trust
+        return {UNDER_ATTACK: float(trust.attacked), DISTRUSTED_ACCOUNTS: float(trust.distrusted)}
 
     def spoiled_lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that stands in place of what was spoiled: the content of `head`, behind the feedback."""
@@ -306,6 +312,7 @@ class LogLearner:
             # What spoils a step is not replayed either.
             self._skipped.append(LogRange(self._position, positions[-1]))
             self._metrics.skipped("non_finite", len(records))
+        self._metrics.distrusted(report.distrusted)
         self.quality.add_ranks("recsys", report.rank_B)
         self.quality.add_ranks("popularity", report.popularity_rank_B)
         self.quality.add_losses(report.item_loss_B, report.class_loss_B)

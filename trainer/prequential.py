@@ -58,6 +58,8 @@ class StepReport:
     # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
     losses: dict[str, float] = field(default_factory=dict)
     gradient_norm: float = math.nan
+    # Of the batch, so much is counted nowhere: see trainer.trust.
+    distrusted: int = 0
     # The monitored streams that were found to have changed.
     drifted: frozenset[str] = frozenset()
 
@@ -74,10 +76,10 @@ class Prequential:
     def __init__(self, settings: Settings, network: RecommendationNetwork, table: ItemTable) -> None:
         self._network, self._table = network, table
         self._positive = np.array([c.positive for c in settings.classes])
-        # Shown, for those who measure more than ranks, the places in the batch of what is ranked, and what was found.
-        self.watch: Callable[[Rows, Ranked], None] | None = None
         # Trust alone asks how popular each choice was, which takes a look at all items.
         self._asks_popularity = settings.trust
+        # Shown, for those who measure more than ranks, the places in the batch of what is ranked, and what was found.
+        self.watch: Callable[[Rows, Ranked], None] | None = None
 
     def test(
         self,

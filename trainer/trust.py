@@ -62,14 +62,22 @@ class Trust:
         """Return whether feedback of accounts that lost their trust is left out."""
         return bool(self._memory[0])
 
+    @property
+    def distrusted(self) -> int:
+        """Return how many accounts lost their trust, where there is an attack."""
+        return int(self._lost().sum()) if self.attacked else 0
+
     def trusted(self, account_B: Integers) -> NDArray[np.bool_]:
-        """Tell whose feedback counts."""
+        """Tell whose feedback counts; what is nobody's does."""
         if not self.attacked:
             return np.ones(len(account_B), np.bool_)
         place_B = account_B % PLACES
-        lost_A = (self._earned_A > 0) & (self._evidence_A < 0)
-        trusted_B: NDArray[np.bool_] = ~(lost_A[place_B] & (self._account_A[place_B] == account_B))
+        trusted_B: NDArray[np.bool_] = ~(self._lost()[place_B] & (self._account_A[place_B] == account_B))
         return trusted_B
+
+    def _lost(self) -> NDArray[np.bool_]:
+        lost_A: NDArray[np.bool_] = (self._earned_A > 0) & (self._evidence_A < 0)
+        return lost_A
 
     def observe(self, account_B: Integers, told_B: Floats, clock: int) -> None:
         """Take in a batch after which so much feedback was learned: whose it is, and what `told` says of it.
