@@ -69,8 +69,8 @@ _DISK = [
     ),
     Panel(
         "Append-only file, and room on its disk",
-        "The room is known where the store runs on a server's machine. A rewrite takes as much again as the file that "
-        "it makes: with less room than the file has, make room, or give the store another disk.",
+        "The room is known where the store runs beside a server, not in another container. A rewrite takes as much "
+        "again as the file that it makes: with less room than the file has, make room, or give the store another disk.",
         "bytes",
         {
             "append-only file": newest("recsys_store_append_only_bytes"),
