@@ -252,7 +252,7 @@ def recovery(hits: Hits, clean: Hits) -> int | None:
 
 
 def compare(scenario: Scenario, attacked: list[Outcomes], oracle: Outcomes, clean: Outcomes) -> dict[str, Any]:
-    """Describe one attack, over all its seeds."""
+    """Describe one attack, over all its seeds and, during it, for each of them."""
     hits = np.mean([outcome.hits for outcome in attacked], 0)
     split = round(len(clean.hits) * (UNTIL - FROM) / (UNTIL + AFTER - FROM))
     described: dict[str, Any] = {"poison": scenario.kind, "share": scenario.share}
@@ -267,6 +267,13 @@ def compare(scenario: Scenario, attacked: list[Outcomes], oracle: Outcomes, clea
             described[name] |= {against: round(mean, 4), f"{against}_at_most": round(at_most, 4)}
     return described | {
         "recovery_events": recovery(hits[split:], clean.hits[split:]),
+        "seeds": [
+            {
+                "loss": round(loss(one.hits[:split], clean.hits[:split])[0], 4),
+                "recovery_events": recovery(one.hits[split:], clean.hits[split:]),
+            }
+            for one in attacked
+        ],
         "versions": sum(outcome.versions for outcome in attacked),
         "held": sum(outcome.held for outcome in attacked),
         "set_aside": sum(outcome.set_aside for outcome in attacked),

@@ -32,6 +32,7 @@ DRIFTING = re.compile(r"drift(?:_(\w+?))?_(?:detected|on|active)")
 # The kinds of versions, as in the messages of ModelService.
 LEARNED, ROLLBACK, REPAIR = "learned", "rollback", "repair"
 ACCURACY, BESIDE = "hr_at_10", "popularity_hr_at_10"
+UNDER_ATTACK, DISTRUSTED_ACCOUNTS = "under_attack", "distrusted_accounts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,15 @@ def _good(facts: Facts) -> Iterator[Finding]:
             *("good", "warning", f"drift: {', '.join(drifting)}"),
             "What users do or items are offered has changed. Watch accuracy: it should recover as the new is learned. "
             "If a release or an import caused it, correct that first.",
+            "recsys versions show VERSION",
+        )
+    if facts.metrics.get(UNDER_ATTACK):
+        accounts = f"{facts.metrics.get(DISTRUSTED_ACCOUNTS, 0):,.0f} accounts"
+        yield Finding(
+            *("good", "warning", f"under attack: {accounts} behave as if taken over"),
+            "What they choose no longer has to do with their histories, and is not counted as long as that lasts. Find "
+            "where it comes from: stolen passwords, a client that mixes up user ids, or a release that changed what "
+            "many are shown.",
             "recsys versions show VERSION",
         )
     if facts.held_times:

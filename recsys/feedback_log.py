@@ -14,6 +14,7 @@ from typing import Any
 
 import redis
 
+from recsys.accounts import PLACES
 from recsys.errors import StoreFull
 from recsys.feedback import Feedback, parse_item, parse_record, to_entry, to_record
 from recsys.histories import history_key, log_key
@@ -129,13 +130,18 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """Hold one entry: a record of feedback or of an item, a tick, or, with none of them, something malformed."""
+    """Hold one entry: a record of feedback or of an item, a tick, the place of an account that was forgotten.
+
+    With none of them it is malformed.
+    """
 
     position: str
     accepted_ms: int
     record: FeedbackRecord | None
     tick: bool
     item: ItemRecord | None = None
+    # See recsys.accounts.
+    forgotten: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,4 +349,9 @@ def _entry(position: bytes, fields: Mapping[bytes, bytes]) -> LogEntry:
         record=None if data is None else parse_record(data),
         tick=data is None and b"t" in fields,
         item=parse_item(fields[b"i"]) if b"i" in fields else None,
+        forgotten=_place(fields.get(b"f", b"")),
     )
+
+
+def _place(data: bytes) -> int | None:
+    return int(data) if data.isdigit() and len(data) <= len(str(PLACES)) and int(data) < PLACES else None

@@ -19,6 +19,7 @@ from recsys.metrics import ServerMetrics
 from recsys.scorer import Scorer
 from recsys.settings import Settings
 from recsys.store.connection import connect
+from recsys.store.inspection import files
 from recsys.store.v1.weights_pb2 import PayloadHeader
 from recsys.weights import VersionRecord, WeightStore
 from recsys.weights.replica import Replica
@@ -31,6 +32,8 @@ RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 30.0
 # How often a process looks at the weights that another one keeps up to date.
 LOOK_SECONDS = 0.05
+# How often the store is asked whether it can write its files.
+FILES_SECONDS = 1.0
 # More than a store can forget when it crashes.
 VERSIONS_REMEMBERED = 1000
 VERSIONS_AWAITED = 100
@@ -63,6 +66,7 @@ class Follower:
         self._stopping = threading.Event()
         self._applied_summary = Summary()
         self._store_lost = False
+        self._asked_files = float("-inf")
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
         scorer.on_first_answer = self._answered
 
@@ -83,6 +87,7 @@ class Follower:
                 if not self.step(WAIT_SECONDS):
                     self._stopping.wait(RETRY_SECONDS)
                 self._metrics.store_reachable(True)
+                self._ask_files()
                 if self._store_lost:
                     self._store_lost = False
                     tell(_log, logging.INFO, "the store is back", version=self._scorer.version)
@@ -100,6 +105,12 @@ class Follower:
                 # A thread that ends in silence would leave the server with weights that grow old.
                 _log.exception("loading the weights anew after an unexpected error")
                 self._load_anew("other", f"{type(error).__name__}: {error}")
+
+    def _ask_files(self) -> None:
+        """Ask now and then whether the store can write its files: it goes on to answer reads when it cannot."""
+        if time.monotonic() - self._asked_files >= FILES_SECONDS:
+            self._asked_files = time.monotonic()
+            self._metrics.store_files(files(self._client))
 
     def _load_anew(self, reason: str, problem: str) -> None:
         """Give up what follows the version held; wait, longer each time, unless what is retained changes."""

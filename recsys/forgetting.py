@@ -1,8 +1,9 @@
 """Forgetting: remove what was logged of one user, for good, and remember where the log has gaps since.
 
-The weights are not touched: they hold sums over all users and nothing by user but, of accounts of late, a hash and how
-well histories explained what they chose, until another account has the place. What was learned from removed records
-cannot be made again from the log, so their positions are kept, without anything of the user.
+The weights are not touched: they hold sums over all users. What the trainer keeps by account, a hash and how well the
+history explained what was chosen, it is told in the log to let go of, by a place that many accounts share. What was
+learned from removed records cannot be made again from the log, so their positions are kept, without anything of the
+user.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import redis
 
+from recsys.accounts import place
 from recsys.feedback import parse_record
 from recsys.feedback_log import BEGINNING, PAGE, FeedbackLog, position_key
 from recsys.histories import Histories, log_key
@@ -43,6 +45,13 @@ if records > 0 then
   redis.call('HINCRBY', KEYS[2], 'forgotten_unlearned', unlearned)
 end
 return {records, unlearned}
+"""
+
+# KEYS: records. ARGV: the place of the user's account. Has the trainer let go of what it keeps there; see LogEntry.
+# XDEL comes first, of nothing: a store out of memory allows it, and what follows it.
+FORGET_ACCOUNT = """
+redis.call('XDEL', KEYS[1], '0-1')
+return redis.call('XADD', KEYS[1], '*', 'f', ARGV[1])
 """
 
 # KEYS: a part that was set aside. ARGV: positions. Returns how many were still there.
@@ -80,6 +89,7 @@ class Forgetting:
         self._quarantine = Quarantine(client, settings)
         self._durability = Durability(client, settings)
         self._forget = client.register_script(FORGET)
+        self._forget_account = client.register_script(FORGET_ACCOUNT)
         self._forget_set_aside = client.register_script(FORGET_SET_ASIDE)
 
     def forget(self, user_id: str, learned_position: str) -> Forgotten:
@@ -103,6 +113,8 @@ class Forgetting:
                 arguments += (position, position_key(position)[0], int(behind))
             removed = self._durability.run(self._forget, keys, arguments)
             records, unlearned = records + int(removed[0]), unlearned + int(removed[1])
+        # Behind the user's last record, so that what was read before it was removed cannot bring the account back.
+        self._durability.run(self._forget_account, [self._records], [place(user_id)])
         set_aside = 0
         # Behind the log, from which a trainer may have set some aside meanwhile.
         for case in self._quarantine.cases():
@@ -146,8 +158,8 @@ class Forgetting:
         settings = self._settings
         remains = [
             "the weights keep what they learned: sums over all users; items stay, also those that nobody else chose",
-            "beside the weights a short hash of the id of accounts that chose something lately is kept, and how well "
-            "their histories explained the choices, until others have their places",
+            "a short hash of the id, and how well the history explained what was chosen, is gone from the next version "
+            "of the weights on; earlier ones hold it until they are let go of",
             f"a trainer at work replays its examples, which hold such a hash and no id, until "
             f"{settings.replay_capacity:,} newer feedback have taken their place or it is started again",
             "versions that learned or replayed the removed records cannot be rebuilt from the log",

@@ -6,6 +6,7 @@ of the service invents: what is outside a closed set of values is counted as `ot
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,6 +17,7 @@ from recsys.call_metrics import CallMetrics
 from recsys.recommendation_id import RecommendationId
 from recsys.served_lists import OTHER, ServedLists
 from recsys.stages import FRESHNESS_BUCKETS, FRESHNESS_HELP, FRESHNESS_METRIC, SERVER_STAGES, ServerStage
+from recsys.store.inspection import FILES, Files
 from recsys.tls import CERTIFICATES
 from recsys.v1 import catalog_pb2, model_pb2, recommender_pb2
 
@@ -106,6 +108,23 @@ class ServerMetrics:
         self._store_reachable = Gauge(
             "recsys_store_reachable", "1 while the store answers within its timeout, else 0.", registry=registry
         )
+        self._store_file_written = Gauge(
+            "recsys_store_file_written",
+            "1 where the store's last write of a file was done, 0 where it failed; NaN where it does not say, or has "
+            "no such file.",
+            ["file"],
+            registry=registry,
+        )
+        self._store_append_only = Gauge(
+            "recsys_store_append_only_bytes",
+            "Size of the store's append-only file; NaN where it does not say, or has none.",
+            registry=registry,
+        )
+        self._store_disk_free = Gauge(
+            "recsys_store_disk_free_bytes",
+            "Room on the disk that the store's files are on; NaN where that is not this machine's.",
+            registry=registry,
+        )
         self._certificates = Gauge(
             "recsys_certificate_expiry_timestamp_seconds",
             "When the first certificate expires in the file that a setting names, as it was read at start; 0: no file.",
@@ -187,6 +206,13 @@ class ServerMetrics:
         """Record whether the store answers."""
         self._store_reachable.set(reachable)
 
+    def store_files(self, found: Files) -> None:
+        """Record how the store's files are."""
+        for file, written in found.written.items():
+            self._store_file_written.labels(file).set(written)
+        self._store_append_only.set(found.append_only_bytes)
+        self._store_disk_free.set(found.free_bytes)
+
     def certificate_expires(self, setting: str, seconds: float) -> None:
         """Record when a certificate expires, in seconds since 1970; `setting` is one of CERTIFICATES."""
         self._certificates.labels(setting).set(seconds)
@@ -194,6 +220,8 @@ class ServerMetrics:
     def _export_zeros(self) -> None:
         for setting in CERTIFICATES:
             self._certificates.labels(setting)
+        # Not known until the store was asked.
+        self.store_files(Files(dict.fromkeys(FILES, math.nan), math.nan, math.nan))
         for field in (*FIELDS, OTHER):
             self._refused.labels(field)
         for stage in SERVER_STAGES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import socket
@@ -27,10 +28,12 @@ from stores import OwnStore
 from recsys.cli import main
 from recsys.cli.doctor import chosen
 from recsys.cli.doctor.machine import packages
+from recsys.cli.doctor.stored import room
 from recsys.cli.settings_flags import class_text
 from recsys.cli.system import environment_of
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
+from recsys.store.inspection import APPEND_ONLY, DUMP, REWRITE, Files
 from recsys.weights import Lineage, ObjectionRecord, WeightStore
 
 SECONDS = 30
@@ -163,6 +166,27 @@ def test_a_full_disk_of_the_store_is_a_problem(own: OwnStore, examine: Callable[
                 continue
             refused = True
         assert "could not write its files" in only(examine(at(own.url), 1), "durability")[1]
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "appended", "free", "levels", "text"),
+    [
+        (1.0, 5 << 30, 6 << 30, ["ok"], "free on the store's disk"),
+        (1.0, 5 << 30, 4 << 30, ["warning"], "append-only file"),
+        (1.0, 5, (1 << 30) - 1, ["warning"], "append-only file"),
+        (0.0, 5 << 30, 6 << 30, ["warning"], "could not be replaced"),
+        (0.0, 5 << 30, math.nan, ["warning"], "could not be replaced"),
+        (1.0, 5 << 30, math.nan, ["ok"], "append-only file"),
+        (math.nan, math.nan, 4 << 30, ["ok"], "free on the store's disk"),
+        (math.nan, math.nan, math.nan, [], ""),
+    ],
+)
+def test_a_store_with_little_room_for_its_files_is_told(
+    rewritten: float, appended: float, free: float, levels: list[str], text: str
+) -> None:
+    found = list(room(Files({APPEND_ONLY: 1.0, REWRITE: rewritten, DUMP: 1.0}, appended, free)))
+    assert [finding.level for finding in found] == levels
+    assert all(text in finding.found for finding in found)
 
 
 def test_a_clock_that_is_apart_is_told(tmp_path: Path, examine: Callable[..., Any]) -> None:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from river.drift import ADWIN
 from river.drift import PageHinkley as RiverPageHinkley
 
+from recsys.accounts import NOBODY
 from recsys.errors import CorruptWeights
 from recsys.feedback import Feedback
 from recsys.settings import Settings
@@ -40,7 +41,6 @@ from trainer.impressions import NONE
 from trainer.learner import Learner
 from trainer.prequential import StepReport
 from trainer.quality import MISS, NO_EVENT
-from trainer.trust import NOBODY
 
 
 def stream(seed: int, count: int, jumps: tuple[float, ...]) -> list[float]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import redis
@@ -26,6 +27,7 @@ from learning import (
     trainer,
 )
 from prometheus_client import CollectorRegistry
+from stores import OwnStore
 
 from recsys.catalog import Catalog, CatalogMirror, Item
 from recsys.errors import StoreUnavailable
@@ -345,3 +347,31 @@ def test_answers_are_timed_again_after_a_store_began_anew(base: Settings, store:
         until(lambda: here.observed("accepted_to_applied") >= 7)
         here.answers()
         assert here.observed("accepted_to_answered") == start + 7
+
+
+def test_a_store_that_cannot_write_is_told_of_while_it_is_followed(base: Settings, tmp_path: Path) -> None:
+    with OwnStore(tmp_path / "store") as own:
+        base = base.model_copy(update={"redis_url": own.url})
+        learn(base, 9)
+        with own.client() as client, following(base) as found:
+
+            def written() -> float:
+                return found.value("recsys_store_file_written", file="append_only")
+
+            found.follower.start()
+            until(lambda: written() == 1)
+            assert found.value("recsys_store_append_only_bytes") > 1000
+            assert found.value("recsys_store_disk_free_bytes") > 0
+            own.fill_disk()
+
+            def refused() -> bool:
+                try:
+                    return not client.set("ballast", bytes(100_000))
+                except redis.exceptions.ResponseError:
+                    return True
+
+            until(refused)
+            until(lambda: written() == 0)
+            assert found.value("recsys_store_reachable") == 1
+            own.free_disk()
+            until(lambda: written() == 1)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 from calls import SECONDS, violations
-from learning import append, make_feedback, small, tick, trainer
+from learning import CPU, append, fork, head, learn_all, make_feedback, small, tick, trainer, versions
 from serving import Running, serve
 
+from recsys.accounts import NOBODY, account, place
 from recsys.cli.app import main
 from recsys.client import AsyncClient, Client
 from recsys.feedback import Feedback
@@ -28,6 +32,7 @@ from recsys.weights import WeightStore
 from recsys.weights.earlier import roll_back
 from trainer.daemon import Daemon
 from trainer.rebuild import Rebuild
+from trainer.trust import ACCOUNTS
 
 # Random enough that the store cannot hide it by compressing it.
 USER = "Zq7-only-this-user-9xK"
@@ -81,7 +86,7 @@ def test_nothing_of_the_user_is_left_and_all_of_the_others_is(store: redis.Redis
     )
     assert records_of(log) == kept
     after = log.usage()
-    assert (after.records, after.last_position) == (usage.records - PAGE, usage.last_position)
+    assert after.records == usage.records - PAGE
     assert after.bytes == sum(len(record) for _, record in kept)
     histories = Histories(store, settings)
     assert histories.read([USER]) == [[]]
@@ -112,11 +117,16 @@ def test_forgetting_again_or_nobody_changes_nothing(store: redis.Redis, settings
     assert forgetting.forget(USER, BEGINNING).log_records == 0
     log.append(mixed(5))
     forgetting.forget(USER, BEGINNING)
-    before = (records_of(log), log.usage(), log.appended())
+
+    def standing() -> tuple[object, ...]:
+        # But for the last position: the trainer is told each time.
+        return records_of(log), replace(log.usage(), last_position=""), log.appended()
+
+    before = standing()
     for user_id in (USER, "nobody", "item-1", "click"):
         found = forgetting.forget(user_id, BEGINNING)
         assert (found.history_entries, found.log_records, found.set_aside_records) == (0, 0, 0)
-    assert (records_of(log), log.usage(), log.appended()) == before
+    assert standing() == before
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 256])
@@ -148,6 +158,19 @@ def test_positions_of_the_forgotten_are_trimmed_with_the_log(store: redis.Redis,
     log.trim(positions[6])
     assert forgetting.lost(BEGINNING, positions[-1]) == 2
     assert log.usage().records == 4
+
+
+def test_a_store_out_of_memory_forgets_too(store: redis.Redis, settings: Settings) -> None:
+    log = FeedbackLog(store, settings)
+    log.append(mixed(4))
+    store.config_set("maxmemory", 1)
+    try:
+        found = Forgetting(store, settings).forget(USER, BEGINNING)
+    finally:
+        store.config_set("maxmemory", 0)
+    assert (found.history_entries, found.log_records) == (4, 4)
+    assert log.read_after(BEGINNING, 100)[-1].forgotten == place(USER)
+    assert anywhere(store, USER) == []
 
 
 def append_later(store: redis.Redis, settings: Settings, feedback: Feedback, tick: int) -> str:
@@ -203,6 +226,71 @@ def test_a_trainer_goes_on_and_restarts_behind_a_forgotten_user(settings: Settin
         record = next(r for r in store_.versions(1, learned + 1))
         assert record.feedback_learned == 46
         assert store_.verify().problems == []
+
+
+def known(accounts: np.ndarray) -> set[int]:
+    return {*accounts[0].tolist()} - {NOBODY}
+
+
+def test_what_is_kept_by_account_is_let_go_of(settings: Settings, store: redis.Redis) -> None:
+    base = small(settings)
+    with trainer(base) as daemon:
+        daemon.start()
+        last = learn(daemon, mixed(16))
+        before = known(daemon.learner.trust.write()[ACCOUNTS])
+        assert account(USER) in before
+        Forgetting(store, base).forget(USER, position(daemon))
+        # With a version of its own, should nothing else come, and with none for a user whom nobody knows.
+        assert learn(daemon, []) == last + 1
+        Forgetting(store, base).forget("nobody", position(daemon))
+        assert learn(daemon, []) == last + 1
+    (delta,) = WeightStore(store, base).read_after(last, trainer=True)
+    assert delta.trainer_payload is not None
+    assert known(delta.trainer_payload.dense[ACCOUNTS]) == before - {account(USER)}
+
+
+def test_behind_a_forgotten_account_all_is_learned_bit_for_bit(
+    settings: Settings, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = small(settings)
+    # None of whose records can be removed; so that the account of another, in the same place, is let go of.
+    name = next(name for number in count() if place(name := f"other-{number}") == place("user-3"))
+    told = []
+    for turn in range(4):
+        append(base, make_feedback(30, turn, first=30 * turn))
+        Forgetting(store, base).forget(name, BEGINNING)
+        told.append(FeedbackLog(store, base).last_position())
+    append(base, make_feedback(6, 9, first=150))
+    restarted, untold = fork(base, "restarted"), fork(base, "untold")
+    assert store.xdel(f"{untold.key_prefix}:{{log}}:records", *told) == 4
+    for each in (base, untold):
+        learn_all(each)
+    assert versions(untold) != versions(base)
+    monkeypatch.setattr("trainer.daemon.READ_COUNT", 41)
+    for _ in range(2):
+        with trainer(restarted) as daemon:
+            daemon.start()
+            daemon.step()
+    learn_all(restarted)
+    assert versions(restarted) == versions(base)
+    assert Rebuild(store, base, CPU).run(head(base)[0]).equal
+
+
+def test_a_rollback_does_not_bring_an_account_back(settings: Settings, store: redis.Redis) -> None:
+    base = small(settings)
+    with trainer(base) as daemon:
+        daemon.start()
+        good = learn(daemon, mixed(16))
+        Forgetting(store, base).forget(USER, position(daemon))
+        learn(daemon, make_feedback(8, 3, first=90))
+        roll_back(daemon.store, Quarantine(store, base), good, "spoiled", 5)
+    for _ in range(2):
+        with trainer(base) as again:
+            again.start()
+            accounts = known(again.learner.trust.write()[ACCOUNTS])
+            assert accounts
+            assert account(USER) not in accounts
+            learn(again, make_feedback(8, 4, first=100))
 
 
 def test_a_rebuild_says_that_records_were_forgotten(settings: Settings, store: redis.Redis) -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("recsys.v1", "recsys.store.v1", "recsys.errors", "recsys.stages", "recsys.tls"),
+        "recsys.accounts",
         *("recsys.recommendation_id", "recsys.condition", "recsys.collector"),
     ),
     (

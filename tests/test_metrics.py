@@ -20,6 +20,7 @@ from recsys import metrics as server_metrics
 from recsys.metrics import ServerMetrics
 from recsys.recommendation_id import issue, parse
 from recsys.stages import FRESHNESS_BUCKETS, SERVER_STAGES, TRAINER_STAGES
+from recsys.store.inspection import FILES, Files
 from trainer.metrics import TrainerMetrics
 
 PREFIXES = ("recsys_", "grpc_server_")
@@ -28,12 +29,13 @@ PLAIN = {
     *("recsys_served_version", "recsys_committed_version", "recsys_items", "recsys_queue_requests"),
     *("recsys_score_batch_requests", "recsys_store_reachable", "recsys_feedback_backlog"),
     *("recsys_feedback_log_records", "recsys_learning_loss", "recsys_prequential_log_loss", "recsys_gradient_norm"),
-    *("recsys_recommended_novelty", "recsys_drift_score"),
+    *("recsys_recommended_novelty", "recsys_drift_score", "recsys_under_attack", "recsys_accounts_distrusted"),
+    "recsys_store_file_written",
 }
 LABELS = {
     *("grpc_type", "grpc_service", "grpc_method", "grpc_code", "field", "source", "reason", "stage", "part"),
     *("position", "outcome", "versions_behind", "history", "slice", "stream", "measure"),
-    *("setting", "window", "k", "method", "version", "python_version", "device", "device_name", "le"),
+    *("setting", "file", "window", "k", "method", "version", "python_version", "device", "device_name", "le"),
 }
 RECOMMENDER = "recsys.v1.RecommenderService"
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
@@ -61,6 +63,11 @@ sum by (versions_behind) (rate(recsys_recommendation_version_feedback_total{outc
 One answer can be followed by several positive feedback on an item, a click and a purchase say: each counts.
 """
 SUFFIX_UNITS = {"_seconds": "seconds", "_bytes": "bytes", "_ratio": "ratio", "_info": ""}
+# What is NaN until it was measured.
+UNMEASURED = (
+    *("recsys_prequential_", "recsys_recommended_", "recsys_learning_loss"),
+    *("recsys_store_file_written", "recsys_store_append_only_bytes", "recsys_store_disk_free_bytes"),
+)
 # Values of a label that are listed in the reference, and series of a metric that need no reason.
 MOST_VALUES = 12
 MOST_SERIES = 100
@@ -72,6 +79,8 @@ NAME_UNITS = {
     "recsys_served_version": "version",
     "recsys_committed_version": "version",
     "recsys_store_reachable": "0 or 1",
+    "recsys_store_file_written": "0 or 1",
+    "recsys_under_attack": "0 or 1",
 }
 
 
@@ -168,8 +177,7 @@ def test_known_series_are_there_from_the_start(registry: CollectorRegistry) -> N
     for family in registry.collect():
         assert family.samples, f"{family.name} shows nothing before its first use"
         for sample in family.samples:
-            unmeasured = family.name.startswith(("recsys_prequential_", "recsys_recommended_"))
-            unmeasured = unmeasured or family.name == "recsys_learning_loss"
+            unmeasured = family.name.startswith(UNMEASURED)
             expected = math.nan if unmeasured else 1.0 if sample.name.endswith("_info") else 0.0
             assert sample.value == expected or (math.isnan(sample.value) and math.isnan(expected)), sample
 
@@ -282,6 +290,11 @@ def test_server_values(registry: CollectorRegistry) -> None:
     assert value(registry, "recsys_store_reachable") == 1
     metrics.store_reachable(False)
     assert value(registry, "recsys_store_reachable") == 0
+    metrics.store_files(Files({"append_only": 1.0, "rewrite": 0.0, "dump": math.nan}, 5000.0, 6e9))
+    written = [value(registry, "recsys_store_file_written", file=file) for file in FILES]
+    assert (written[:2], math.isnan(written[2])) == ([1, 0], True)
+    assert value(registry, "recsys_store_append_only_bytes") == 5000
+    assert value(registry, "recsys_store_disk_free_bytes") == 6e9
 
 
 def test_freshness_has_an_edge_at_the_objective_and_survives_clocks_that_differ(registry: CollectorRegistry) -> None:
@@ -316,6 +329,8 @@ def test_trainer_values(registry: CollectorRegistry) -> None:
     metrics.loss("item", 3.5)
     metrics.gradient_norm(0.75)
     metrics.freshness("read_to_learned", [0.1, 0.2])
+    metrics.trust(True, 30)
+    metrics.distrusted(7)
     metrics.store_errors(2)
     metrics.snapshot_written(1 << 20, 0.25)
     assert value(registry, "recsys_trainer_info", version="0.1.0", device="cpu", device_name="Some CPU") == 1
@@ -336,6 +351,9 @@ def test_trainer_values(registry: CollectorRegistry) -> None:
     assert value(registry, "recsys_learning_loss", part="item") == 3.5
     assert value(registry, "recsys_gradient_norm") == 0.75
     assert value(registry, "recsys_freshness_seconds_count", stage="read_to_learned") == 2
+    assert value(registry, "recsys_under_attack") == 1
+    assert value(registry, "recsys_accounts_distrusted") == 30
+    assert value(registry, "recsys_feedback_distrusted_total") == 7
     assert value(registry, "recsys_store_errors_total") == 2
     assert value(registry, "recsys_snapshot_bytes") == 1 << 20
     assert value(registry, "recsys_snapshot_seconds_count") == 1

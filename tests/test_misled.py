@@ -165,6 +165,8 @@ def _log_with_names_exchanged(base: Settings) -> list[str]:
     return [each.item_id for each in feedback]
 
 
+# So long a log is learned twice: a quarter of a minute alone, and minutes where others want the processor.
+@pytest.mark.timeout(600)
 def test_what_followed_items_fades_after_a_change_alone_and_every_trainer_does_the_same(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

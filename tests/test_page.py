@@ -396,6 +396,11 @@ WELL = {
         ({"metrics": {"hr_at_10": 0.05, "popularity_hr_at_10": 0.1}}, "problem ok ok", "recsys rollback"),
         ({"earlier_accuracy": [0.5, 0.4, 0.5]}, "warning ok ok", "fallen from 0.500 to 0.200"),
         ({"metrics": {**WELL["metrics"], "drift_loss_detected": 1.0}}, "warning ok ok", "drift: loss"),  # type: ignore[dict-item]
+        (
+            {"metrics": {**WELL["metrics"], "under_attack": 1.0, "distrusted_accounts": 1234.0}},
+            "warning ok ok",
+            "under attack: 1,234 accounts behave as if taken over",
+        ),
         ({"held_times": 2, "held_reason": "it r"}, "warning ok ok", "version 10 is held: it r"),
         ({"newest_verdict": "set aside", "newest_reason": "r"}, "warning ok ok", "quarantine list"),
         ({"store_problem": "the store does not answer"}, "ok unknown problem", "recsys doctor"),

@@ -16,16 +16,19 @@ import redis
 from learning import CPU, append, fork, head, held, learn_all, make_feedback, small, tick, trainer
 from prometheus_client import CollectorRegistry
 
+from recsys.accounts import place
 from recsys.catalog import Catalog, CatalogMirror, CategoryFilter, Item
 from recsys.errors import FencedOff, OtherVersionCameFirst, StoreFull, StoreUnavailable
 from recsys.feedback import Feedback
 from recsys.feedback_log import BEGINNING, PAGE, FeedbackLog, position_key
 from recsys.follower import Follower
+from recsys.forgetting import Forgetting
 from recsys.histories import Histories
 from recsys.metrics import ServerMetrics
 from recsys.scorer import Query, Scorer
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
+from recsys.store.inspection import FILES, files
 from recsys.weights import Lineage, WeightPayload, WeightStore, encode
 
 START_SECONDS = 20.0
@@ -175,6 +178,26 @@ def test_out_of_memory_refuses_the_whole_batch(log: FeedbackLog, store: redis.Re
     finally:
         store.config_set("maxmemory", 0)
     assert log.append([Feedback("v", "a", "click", 1, feedback_id="f")])[0].position
+
+
+def test_a_user_is_forgotten_out_of_memory(log: FeedbackLog, store: redis.Redis, settings: Settings) -> None:
+    log.append([*CLICKS, Feedback("v", "a", "click", 1)])
+    store.config_set("maxmemory", 1)
+    try:
+        assert Forgetting(store, settings).forget("u", BEGINNING).log_records == len(CLICKS)
+    finally:
+        store.config_set("maxmemory", 0)
+    left, told = log.read_after(BEGINNING, 100)
+    assert left.record is not None
+    assert (left.record.user_id, told.forgotten) == ("v", place("u"))
+
+
+def test_it_tells_of_its_files(store: redis.Redis, log: FeedbackLog) -> None:
+    log.append(CLICKS)
+    found = files(store)
+    assert found.written == dict.fromkeys(FILES, 1.0)
+    assert found.append_only_bytes > 0
+    assert found.free_bytes > 0
 
 
 # The weights

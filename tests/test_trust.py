@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
 import pytest
 from learning import CPU, START_MS, append, fork, head, learn_all, small, trainer, versions
+from prometheus_client import CollectorRegistry
 
+from recsys.accounts import NOBODY, PLACES, account
+from recsys.condition import DISTRUSTED_ACCOUNTS, UNDER_ATTACK
 from recsys.errors import CorruptWeights
 from recsys.feedback import Feedback
 from recsys.settings import Settings
 from recsys.store.connection import connect
-from recsys.weights import decode, encode
+from recsys.weights import WeightStore, decode, encode
 from trainer.learner import Learner
 from trainer.rebuild import Rebuild
 from trainer.trust import (
@@ -22,12 +26,9 @@ from trainer.trust import (
     LATELY,
     LEAST_TOLD,
     MOST,
-    NOBODY,
-    PLACES,
     SPREAD,
     TRUST,
     Trust,
-    account,
     told,
 )
 
@@ -89,15 +90,32 @@ def test_the_evidence_by_hand() -> None:
 def test_accounts_that_many_lost_count_no_more_until_their_users_are_back() -> None:
     clock = Clock()
     assert not any(clock.go(60, OWN))
+    assert clock.trust.distrusted == 0
     clock.go(20, _taken(2))
     assert clock.trust.attacked
     trusted_B = clock.trust.trusted(CROWD)
+    assert clock.trust.distrusted == (~trusted_B).sum()
     assert trusted_B[1::2].mean() < 0.05
     assert trusted_B[::2].mean() > 0.95
     assert clock.trust.trusted(np.array([NOBODY, 1000])).all()
     clock.go(30, OWN)
     assert not clock.trust.attacked
+    assert clock.trust.distrusted == 0
     assert clock.trust.trusted(CROWD).all()
+
+
+def test_a_forgotten_account_begins_anew() -> None:
+    clock = Clock()
+    clock.go(60, OWN)
+    clock.go(20, _taken(2))
+    (lost, *_) = CROWD[~clock.trust.trusted(CROWD)].tolist()
+    count = clock.trust.distrusted
+    assert clock.trust.forget(lost)
+    assert clock.trust.trusted(np.array([lost])).all()
+    assert clock.trust.distrusted == count - 1
+    assert lost not in clock.trust.write()[ACCOUNTS][0]
+    # Nobody is there any more.
+    assert not clock.trust.forget(lost)
 
 
 def test_a_few_that_change_are_no_attack_and_neither_are_new_accounts() -> None:
@@ -177,10 +195,10 @@ def test_what_does_not_fit_is_refused(wrong: dict[str, np.ndarray]) -> None:
 USERS, RING, QUIET, COUNT, STOLEN = 40, 10, 1920, 2816, 3
 
 
-def _log(base: Settings, attack: bool) -> None:
+def _log(base: Settings, attack: bool, count: int = COUNT) -> None:
     random = np.random.default_rng(9)
     places, feedback = random.integers(0, RING, USERS), []
-    for number in range(COUNT):
+    for number in range(count):
         user = int(random.integers(USERS))
         places[user] = (places[user] + 1) % RING
         item = RING * (user % 20) + places[user]
@@ -203,12 +221,13 @@ def world(settings: Settings, request: pytest.FixtureRequest) -> tuple[Settings,
 
 
 def test_the_trainer_counts_nothing_of_lost_accounts_and_everything_otherwise(
-    world: tuple[Settings, bool], monkeypatch: pytest.MonkeyPatch
+    world: tuple[Settings, bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, attack = world
+    registry = CollectorRegistry()
     plain = fork(base, "plain").model_copy(update={"trust": False})
     restarted = fork(base, "restarted")
-    with trainer(base) as daemon:
+    with trainer(base, registry=registry) as daemon:
         daemon.start()
         while daemon.step():
             pass
@@ -218,6 +237,12 @@ def test_the_trainer_counts_nothing_of_lost_accounts_and_everything_otherwise(
         numbers = np.array([account(f"user-{user}") for user in range(USERS)])
         trusted = learner.trust.trusted(numbers)
         weights = encode(learner.replica.write_all())
+    told = [text for text in caplog.messages if "under attack" in text or "the attack is over" in text]
+    newest = newest_metrics(base)
+    shown = [registry.get_sample_value(name) for name in ("recsys_under_attack", "recsys_accounts_distrusted")]
+    assert shown == [newest[UNDER_ATTACK], newest[DISTRUSTED_ACCOUNTS]] == [attack, learner.trust.distrusted]
+    distrusted = registry.get_sample_value("recsys_feedback_distrusted_total")
+    assert (len(told), distrusted) == (int(attack), COUNT - counted)
     stolen = np.arange(USERS) % STOLEN > 0
     assert learn_all(plain) == weights or attack
     if attack:
@@ -237,6 +262,35 @@ def test_the_trainer_counts_nothing_of_lost_accounts_and_everything_otherwise(
     assert versions(restarted) == versions(base)
     with connect(base) as client:
         assert Rebuild(client, base, CPU).run(head(base)[0]).equal
+
+
+def newest_metrics(settings: Settings) -> dict[str, float]:
+    with connect(settings) as client:
+        record = WeightStore(client, settings).head()
+    assert record is not None
+    return dict(record.metrics)
+
+
+def test_an_attack_is_told_of_when_it_begins_and_when_it_is_over(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trainer")
+    base, registry = _settings(settings), CollectorRegistry()
+    _log(base, attack=True)
+    _log(base, attack=False, count=COUNT - QUIET)
+    with trainer(base, registry=registry) as daemon:
+        daemon.start()
+        while daemon.step():
+            pass
+    said = [record for record in caplog.records if "attack" in record.getMessage()]
+    assert [record.levelname for record in said] == ["WARNING", "INFO"]
+    assert "accounts=" in said[0].getMessage()
+    assert "the attack is over" in said[1].getMessage()
+    # Of no user.
+    assert not any("user-" in record.getMessage() for record in said)
+    assert registry.get_sample_value("recsys_under_attack") == 0
+    assert registry.get_sample_value("recsys_accounts_distrusted") == 0
+    assert registry.get_sample_value("recsys_feedback_distrusted_total") > 100
 
 
 def test_a_learner_is_restored_with_its_trust(settings: Settings) -> None:

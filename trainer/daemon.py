@@ -69,6 +69,8 @@ class Daemon:
         self.stopping = threading.Event()
         self._publisher = Publisher(settings, self.store, self.log, metrics, self.stopping, clock)
         self._looked = float("-inf")
+        # What people were told last.
+        self._attacked = False
         self._committed = Summary()
 
     @property
@@ -96,7 +98,7 @@ class Daemon:
             self._begin(self._publisher.publish(self.learner, changed, self._learning.lineage(now_ms())), changed)
         else:
             self._learning.fill_window(self.log, head)
-            self._learning.read_catalogue(self.log, head)
+            self._learning.read_aside(self.log, head)
             self._begin(head)
             self._keep_aside(head)
         return self._learning.head
@@ -128,6 +130,7 @@ class Daemon:
             entries = self._read(wait_seconds)
             for entry in entries:
                 self._take(entry)
+            self._tell_of_trust()
         except OtherVersionCameFirst:
             _log.warning("another version came first; going on from it")
             self._resume()
@@ -207,6 +210,17 @@ class Daemon:
             self._metrics.store_errors(1)
             _log.warning("the store was not told that a version is held: %s", error)
 
+    def _tell_of_trust(self) -> None:
+        """Let people know when an attack on accounts begins and when it is over; a version may come much later."""
+        trust, follows = self.learner.trust, self._learning.head.version
+        self._metrics.trust(trust.attacked, trust.distrusted)
+        if trust.attacked and not self._attacked:
+            words = "under attack: accounts that left their users' habits are not counted"
+            tell(_log, logging.WARNING, words, accounts=trust.distrusted, follows=follows)
+        elif self._attacked and not trust.attacked:
+            tell(_log, logging.INFO, "the attack is over: all accounts are counted", follows=follows)
+        self._attacked = trust.attacked
+
     def _set_aside(self) -> None:
         """Go back to the last version and on behind the feedback that spoiled what came after it."""
         lineage, after = self._learning.spoiled_lineage(now_ms()), self._learning.head.position
@@ -217,7 +231,7 @@ class Daemon:
         self._resume()
         changed = self.learner.take_changed()
         head = self._publisher.publish(self.learner, changed, lineage)
-        self._learning.read_catalogue(self.log, head)
+        self._learning.read_aside(self.log, head)
         self._begin(head)
         self._keep_aside(head)
 

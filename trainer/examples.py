@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from recsys.accounts import NOBODY
 from recsys.encoding import Array, RowHistory, encode_contexts, encode_histories, to_histories
 from recsys.item_table import PADDING_ROW
 from recsys.network import Histories
 from recsys.settings import Settings
 from trainer.impressions import NONE, Impressions
-from trainer.trust import NOBODY
 
 T = TypeVar("T")
 Integers = npt.NDArray[np.integer]

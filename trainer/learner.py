@@ -131,6 +131,7 @@ class Learner:
             self._apply(losses, report, 0 if again else len(examples))
         if not again:
             trusted_B = self._judge(examples, report)
+            report.distrusted = int((~trusted_B).sum())
             self._count(examples, followed, trusted_B)
             self.remember(examples, self.table.clock)
             categories_BK = self.contents.digests(examples.item_B)

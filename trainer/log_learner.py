@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recsys.accounts import account
+from recsys.condition import DISTRUSTED_ACCOUNTS, UNDER_ATTACK
 from recsys.encoding import row_history, to_tensor
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
 from recsys.item_table import PADDING_ROW
@@ -32,7 +34,6 @@ from trainer.impressions import NONE, impression_key
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
 from trainer.quality import NEW_ITEM_CHOSEN, Quality
-from trainer.trust import account
 
 # Feedback read and encoded at once while the replay window is filled.
 FILL_COUNT = 5000
@@ -97,8 +98,8 @@ class LogLearner:
             self._window.extend(positions)
             self._admission.learned(item_ids)
 
-    def read_catalogue(self, log: FeedbackLog, head: VersionRecord) -> None:
-        """Read what the log says of items in the part that `head` set aside: only feedback is to be left out."""
+    def read_aside(self, log: FeedbackLog, head: VersionRecord) -> None:
+        """Read what else stands in the part of the log that `head` set aside: only feedback is to be left out."""
         position = head.position
         for part in reversed(head.set_aside if head.kind == ROLLBACK else ()):
             if part.until == position:
@@ -107,15 +108,17 @@ class LogLearner:
             entries = log.read_after(position, FILL_COUNT)
             before = [entry for entry in entries if position_key(entry.position) <= position_key(head.position)]
             for entry in before:
-                self._catalogue(entry)
+                self._heed(entry)
             if len(before) < FILL_COUNT:
                 return
             position = before[-1].position
 
-    def _catalogue(self, entry: LogEntry) -> None:
-        """Keep what an entry says of an item until the next batch."""
+    def _heed(self, entry: LogEntry) -> None:
+        """Keep what an entry says of an item until the next batch; let go of a forgotten account at once."""
         if entry.item is not None:
             self._contents[entry.item.item_id] = tuple(entry.item.categories)
+        elif entry.forgotten is not None:
+            self._heeded |= self.learner.trust.forget(entry.forgotten)
 
     def _was_learned(self, entry: LogEntry, head: VersionRecord) -> bool:
         known = entry.record is not None and entry.record.feedback_class in self._settings.class_index
@@ -133,8 +136,8 @@ class LogLearner:
         self.drifted: set[str] = set()
         self._movement: dict[str, float] = {}
         self.read_position = self._position = head.position
-        # Whether nothing was learned since the version before, and whether anything was taken in of the catalogue.
-        self._fresh, self._catalogued = True, False
+        # Whether nothing was learned since the version before, and whether anything beside feedback changed it.
+        self._fresh, self._heeded = True, False
         # Feedback read and not yet learned.
         self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
         self.batches = self.consumed = 0
@@ -143,7 +146,7 @@ class LogLearner:
     @property
     def empty(self) -> bool:
         """Return whether nothing waits to be learned or published; what was held waits for more feedback."""
-        return not (self._pending or self.batches or self._contents or self._catalogued)
+        return not (self._pending or self.batches or self._contents or self._heeded)
 
     def take(self, entry: LogEntry) -> Outcome:
         """Go past one entry of the log, learning the batch that it completes.
@@ -157,8 +160,8 @@ class LogLearner:
                 self._pending.append((entry, entry.record))
             else:
                 self._metrics.skipped("unknown_class", 1)
-        elif entry.item is not None:
-            self._catalogue(entry)
+        elif entry.item is not None or entry.forgotten is not None:
+            self._heed(entry)
         elif not entry.tick:
             self._metrics.skipped("malformed", 1)
         if self._full() or (entry.tick and self._pending):
@@ -168,7 +171,7 @@ class LogLearner:
         self.read_position = entry.position
         if not self._pending:
             self._position = entry.position
-        closed = entry.tick and (self.batches or self._catalogued)
+        closed = entry.tick and (self.batches or self._heeded)
         if self.batches < self._settings.batches_per_version and not closed:
             return Outcome.GOING_ON
         return self._verdict()
@@ -192,7 +195,7 @@ class LogLearner:
                 self._movement = self._gate.movement(self.learner.changed())
             return Outcome.COMPLETE
         self.objections.append(objection)
-        self.batches, self._catalogued = 0, False
+        self.batches, self._heeded = 0, False
         return Outcome.SPOILED if len(self.objections) >= self._settings.gate_holds else Outcome.HELD
 
     def lineage(self, committed_ms: int) -> Lineage:
@@ -203,7 +206,7 @@ class LogLearner:
             feedback_learned=self.head.feedback_learned + self.consumed,
             feedback_added=len(self.accepted_ms),
             settings_digest=self._settings.learning_digest(),
-            metrics=self.quality.summary(recent=True) | self._drift(),
+            metrics=self.quality.summary(recent=True) | self._drift() | self._trust(),
             accepted_ms=self.accepted_ms,
             committed_ms=committed_ms,
             window_position=oldest,
@@ -220,6 +223,11 @@ class LogLearner:
         moved = {score_key(name, MEASURES[name][0]): value for name, value in self._movement.items()}
         found = dict.fromkeys(map(detected_key, sorted(self.drifted)), 1.0)
         return {**self.learner.drift.scores(), **moved, DETECTED: float(bool(found)), **found}
+
+    def _trust(self) -> dict[str, float]:
+        """Return whether accounts are under attack, as a version's metrics have it."""
+        trust = self.learner.trust
+        return {UNDER_ATTACK: float(trust.attacked), DISTRUSTED_ACCOUNTS: float(trust.distrusted)}
 
     def spoiled_lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that stands in place of what was spoiled: the content of `head`, behind the feedback."""
@@ -266,7 +274,7 @@ class LogLearner:
         if self._contents:
             self._expire()
             self.learner.catalogue(self._contents)
-            self._contents, self._catalogued = {}, True
+            self._contents, self._heeded = {}, True
 
     def _event(self, record: FeedbackRecord) -> Event:
         """Turn a record of a known class into an example; items without a row are left out."""
@@ -304,6 +312,7 @@ class LogLearner:
             # What spoils a step is not replayed either.
             self._skipped.append(LogRange(self._position, positions[-1]))
             self._metrics.skipped("non_finite", len(records))
+        self._metrics.distrusted(report.distrusted)
         self.quality.add_ranks("recsys", report.rank_B)
         self.quality.add_ranks("popularity", report.popularity_rank_B)
         self.quality.add_losses(report.item_loss_B, report.class_loss_B)

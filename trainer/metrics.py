@@ -165,6 +165,19 @@ class TrainerMetrics:
             "Feedback put into quarantine because what was learned from it was held too often.",
             registry=registry,
         )
+        self._under_attack = Gauge(
+            "recsys_under_attack",
+            "1 while many accounts choose what their histories no longer explain, and are not counted, else 0.",
+            registry=registry,
+        )
+        self._distrusted_accounts = Gauge(
+            "recsys_accounts_distrusted", "Accounts of which nothing is counted at present.", registry=registry
+        )
+        self._distrusted = Counter(
+            "recsys_feedback_distrusted",
+            "Feedback of accounts that were not trusted, which was learned and counted nowhere.",
+            registry=registry,
+        )
         self._drift_score = Gauge(
             "recsys_drift_score",
             "How far a monitored stream is from what was usual, by measure: psi and js (bits) of the last whole block, "
@@ -271,6 +284,15 @@ class TrainerMetrics:
     def set_aside(self, n: int) -> None:
         """Count feedback that was set aside after too many holds."""
         self._set_aside.inc(n)
+
+    def trust(self, attacked: bool, accounts: int) -> None:
+        """Record whether accounts are under attack, and of how many nothing is counted."""
+        self._under_attack.set(attacked)
+        self._distrusted_accounts.set(accounts)
+
+    def distrusted(self, n: int) -> None:
+        """Count feedback that was learned and counted nowhere."""
+        self._distrusted.inc(n)
 
     def store_errors(self, n: int) -> None:
         """Count commands to the store that failed."""

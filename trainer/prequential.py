@@ -50,7 +50,8 @@ class StepReport:
     # What leads there from the latest items, and to all items together; NaN where no item was ranked.
     led_B: npt.NDArray[np.float64]
     led_anywhere_B: npt.NDArray[np.float64]
-    # Logarithm of the item's share of choices of late, at the slowest speed; NaN where no item was ranked.
+    # Logarithm of the item's share of choices of late, at the slowest speed; NaN where no item was ranked, and all of
+    # it where `trust` is off.
     popular_B: npt.NDArray[np.float64]
     # What counting said of user and item, side by side: None where nothing was tested.
     rates_BR: Tensor | None = None
@@ -58,6 +59,8 @@ class StepReport:
     # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
     losses: dict[str, float] = field(default_factory=dict)
     gradient_norm: float = math.nan
+    # Of the batch, so much is counted nowhere: see trainer.trust.
+    distrusted: int = 0
     # The monitored streams that were found to have changed.
     drifted: frozenset[str] = frozenset()
 
@@ -74,6 +77,8 @@ class Prequential:
     def __init__(self, settings: Settings, network: RecommendationNetwork, table: ItemTable) -> None:
         self._network, self._table = network, table
         self._positive = np.array([c.positive for c in settings.classes])
+        # Trust alone asks how popular each choice was, which takes a look at all items.
+        self._asks_popularity = settings.trust
         # Shown, for those who measure more than ranks, the places in the batch of what is ranked, and what was found.
         self.watch: Callable[[Rows, Ranked], None] | None = None
 
@@ -112,7 +117,7 @@ class Prequential:
         positive = self._positive[examples.class_B]
         report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
         chosen = np.flatnonzero(positive & self._known(examples.item_B))
-        log_share_I = standing_IS[:, SLOWEST_TREND].log_softmax(0)
+        log_share_I = standing_IS[:, SLOWEST_TREND].log_softmax(0) if self._asks_popularity else None
         loss = torch.zeros((), device=device)
         at_once = max(1, SCORES_AT_ONCE // self._table.rows)
         for start in range(0, len(chosen), at_once):
@@ -136,7 +141,8 @@ class Prequential:
             # Synchronises with the GPU: what was found leaves for the metrics.
             report.item_loss_B[part] = found.loss_B.detach().cpu().numpy()
             report.led_B[part], report.led_anywhere_B[part] = found.led_B2.T
-            report.popular_B[part] = log_share_I[item_B].cpu().numpy()
+            if log_share_I is not None:
+                report.popular_B[part] = log_share_I[item_B].cpu().numpy()
             loss_B = (1 - torch.exp(-ROBUSTNESS * found.loss_B)) / ROBUSTNESS
             if trusted_B is not None:
                 loss_B = loss_B * torch.from_numpy(trusted_B[part]).to(device)

@@ -94,7 +94,7 @@ class Rebuild:
         self._learning = LogLearner(self._settings, TrainerMetrics(CollectorRegistry()), self._device)
         self._learning.learner.restore(served, own)
         self._learning.fill_window(self._log, head)
-        self._learning.read_catalogue(self._log, head)
+        self._learning.read_aside(self._log, head)
         self._learning.learner.take_changed()
         self._learning.begin(head)
         self._rows = self._learning.learner.table.rows

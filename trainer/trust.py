@@ -14,20 +14,16 @@ an attack, and as long as it lasts what lost accounts choose counts nowhere. New
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.accounts import NOBODY, PLACES
 from recsys.errors import CorruptWeights
 
 # What all that is remembered is called in the trainer's payload.
 TRUST, ACCOUNTS = "trust", "trust_accounts"
-# Feedback that is nobody's is trusted.
-NOBODY = 0
-# Accounts of late that are remembered, each in the place that its hash names; the newer one has it.
-PLACES = 4096
 # Spread evenly over all items, so that what nothing leads to has a share: see recsys.network.TRANSITION_FLOOR, times
 # some thousand items.
 SPREAD = 100.0
@@ -48,11 +44,6 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.integer]
 
 
-def account(user_id: str) -> int:
-    """Return the number that stands for a user's account, the same on every machine, never NOBODY."""
-    return 1 + zlib.crc32(user_id.encode()) % (2**31 - 1)
-
-
 class Trust:
     """Sum the evidence for each account of late; a pure function of what the test of each batch found."""
 
@@ -71,14 +62,22 @@ class Trust:
         """Return whether feedback of accounts that lost their trust is left out."""
         return bool(self._memory[0])
 
+    @property
+    def distrusted(self) -> int:
+        """Return how many accounts lost their trust, where there is an attack."""
+        return int(self._lost().sum()) if self.attacked else 0
+
     def trusted(self, account_B: Integers) -> NDArray[np.bool_]:
-        """Tell whose feedback counts."""
+        """Tell whose feedback counts; what is nobody's does."""
         if not self.attacked:
             return np.ones(len(account_B), np.bool_)
         place_B = account_B % PLACES
-        lost_A = (self._earned_A > 0) & (self._evidence_A < 0)
-        trusted_B: NDArray[np.bool_] = ~(lost_A[place_B] & (self._account_A[place_B] == account_B))
+        trusted_B: NDArray[np.bool_] = ~(self._lost()[place_B] & (self._account_A[place_B] == account_B))
         return trusted_B
+
+    def _lost(self) -> NDArray[np.bool_]:
+        lost_A: NDArray[np.bool_] = (self._earned_A > 0) & (self._evidence_A < 0)
+        return lost_A
 
     def observe(self, account_B: Integers, told_B: Floats, clock: int) -> None:
         """Take in a batch after which so much feedback was learned: whose it is, and what `told` says of it.
@@ -102,6 +101,13 @@ class Trust:
         self._evidence_A[place], self._last_A[place] = found, clock
         if found >= EARNED:
             self._earned_A[place] = 1
+
+    def forget(self, place: int) -> bool:
+        """Let go of whose the place is; return whether it was anyone's. That account begins anew."""
+        known = bool(self._account_A[place] != NOBODY)
+        self._accounts[:, place] = 0
+        self._evidence_A[place] = 0.0
+        return known
 
     def _judge(self, active: int, lost: int, count: int) -> None:
         """Tell whether so many lost accounts of the active ones are an attack, and follow what is usual."""

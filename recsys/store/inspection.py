@@ -1,10 +1,13 @@
-"""Inspection: what a store says of itself: version, memory, persistence and clock, as far as it tells."""
+"""Inspection: what a store says of itself: version, memory, files and clock, as far as it tells."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -12,6 +15,8 @@ import redis
 from recsys.store.connection import store_errors
 
 TIMES_ASKED = 5
+# What a store writes: its append-only file, the shorter one that replaces it now and then, and dumps of all it holds.
+APPEND_ONLY, REWRITE, DUMP = FILES = ("append_only", "rewrite", "dump")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,17 @@ class Inspection:
     # How far its clock is ahead of ours, give or take half of what the question took; seconds.
     clock_ahead: float
     answer_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Tell how a store's files are; NaN where it does not say, has none, or keeps them on another machine."""
+
+    # By FILES: 1 where the last write was done, 0 where it failed.
+    written: Mapping[str, float]
+    append_only_bytes: float
+    # Room on the disk that they are on.
+    free_bytes: float
 
 
 def inspect(client: redis.Redis) -> Inspection:
@@ -72,13 +88,47 @@ def memory(client: redis.Redis) -> tuple[float, float]:
     Raises:
         StoreUnavailable: when it does not answer.
     """
+    said = _said(client, "memory")
+    return float(said.get("used_memory", math.nan)), float(said.get("maxmemory", math.nan))
+
+
+def files(client: redis.Redis) -> Files:
+    """Return how a store's files are.
+
+    Raises:
+        StoreUnavailable: when it does not answer.
+    """
+    said = _said(client, "persistence")
+    status = {
+        **{APPEND_ONLY: "aof_last_write_status", REWRITE: "aof_last_bgrewrite_status"},
+        **{DUMP: "rdb_last_bgsave_status"},
+    }
+    appends = bool(said.get("aof_enabled"))
+    told = {file: said.get(name) if appends or file == DUMP else None for file, name in status.items()}
+    written = {file: math.nan if text is None else float(text == "ok") for file, text in told.items()}
+    return Files(written, float(said.get("aof_current_size", math.nan)), _free_bytes(_said(client, "server")))
+
+
+def _free_bytes(said: Mapping[str, Any]) -> float:
+    """Return the room where a store's files are: its working directory, if the process that it names is one of ours."""
+    process = Path(f"/proc/{said.get('process_id')}")
+    try:
+        if (process / "exe").readlink() == Path(str(said.get("executable"))).resolve():
+            return float(shutil.disk_usage((process / "cwd").readlink()).free)
+    except OSError:
+        # On another machine, in another container, or of a user whose processes are not ours to look at.
+        pass
+    return math.nan
+
+
+def _said(client: redis.Redis, section: str) -> Mapping[str, Any]:
+    """Return one section of what a store says of itself; nothing where whoever keeps it keeps that to themselves."""
     with store_errors():
         try:
-            said: dict[str, Any] = client.info("memory")
+            said: dict[str, Any] = client.info(section)
         except redis.exceptions.NoPermissionError:
-            # Nothing that learning needs; whoever keeps the store may keep this to themselves.
-            said = {}
-    return float(said.get("used_memory", math.nan)), float(said.get("maxmemory", math.nan))
+            return {}
+    return said
 
 
 def _ask_time(client: redis.Redis) -> tuple[float, float]:

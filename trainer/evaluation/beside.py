@@ -24,6 +24,8 @@ from trainer.evaluation.test_then_train import Evaluation
 
 # How long a process that was told to stop may take to do so, before it is made to.
 STOP_SECONDS = 5.0
+# How long one whose end of the pipe is closed may take to end: torch is let go of meanwhile, on a busy machine slowly.
+END_SECONDS = 60.0
 
 
 class Beside:
@@ -70,7 +72,7 @@ class Beside:
             self._pipe.send(None)
             found: dict[str, Any] = self._pipe.recv()
         except (EOFError, OSError):
-            self._process.join(STOP_SECONDS)
+            self._process.join(END_SECONDS)
             raise RecsysError(f"the process of the other methods ended with {self._process.exitcode}") from None
         assert found["feedback"] == feedback
         return found

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recsys.accounts import account
 from recsys.encoding import RowHistory
 from recsys.feedback_file import FeedbackFile
 from recsys.settings import Settings
 from trainer.examples import Event
 from trainer.learner import Learner
 from trainer.quality import Rows
-from trainer.trust import account
 
 NOT_CHOSEN = -1
 

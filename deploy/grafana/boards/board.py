@@ -118,6 +118,7 @@ MARKS = (
         'sum (increase(grpc_server_handled_total{grpc_method="Rollback", grpc_code="OK"}[1m])) > 0',
         "rolled back by a person",
     ),
+    Mark("Attack", "dark-red", "sum (increase(recsys_feedback_distrusted_total[1m])) > 0", "accounts under attack"),
     Mark("Version held", "yellow", "sum (increase(recsys_versions_held_total[1m])) > 0", "version held by the gate"),
     Mark("Set aside", "red", "sum (increase(recsys_feedback_set_aside_total[1m])) > 0", "feedback set aside"),
     Mark(

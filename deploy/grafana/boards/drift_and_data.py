@@ -33,6 +33,32 @@ _DETECTED = [
         limits=((1, "yellow"), (5, "red")),
     ),
 ]
+_ATTACK = [
+    Panel(
+        "Under attack",
+        "Whether many accounts choose what their histories no longer explain, as accounts that were taken over do. "
+        "What they choose is not counted meanwhile. Find where it comes from: see the runbook of RecsysUnderAttack.",
+        "none",
+        {"under attack": newest("recsys_under_attack")},
+        stat=True,
+        limits=((1, "red"),),
+        texts={"0": "no", "1": "UNDER ATTACK"},
+    ),
+    Panel(
+        "Accounts that are not counted",
+        "Of late, as if taken over. Falling while feedback comes: their users are back, or gone. Many for hours: a "
+        "lasting change, to which learning gets used after some ten thousand feedback.",
+        "short",
+        {"accounts": newest("recsys_accounts_distrusted")},
+    ),
+    Panel(
+        "Feedback that is not counted, per second",
+        "Of such accounts; the network learns from it all the same. Beside the feedback learned it says how large the "
+        "attack is. Above half of it: go back to the version before, and stop the source.",
+        "cps",
+        {"not counted": rate("recsys_feedback_distrusted_total"), "learned": rate("recsys_feedback_learned_total")},
+    ),
+]
 _MIXES = [
     Panel(
         "Population stability index",
@@ -118,6 +144,7 @@ BOARD = Board(
     "Has what users do or send changed, and can what they send be used?",
     {
         "Detected": _DETECTED,
+        "Accounts": _ATTACK,
         "Distributions": _MIXES,
         "Levels": _LEVELS,
         "Feedback": _USABLE,

@@ -54,6 +54,31 @@ _ROOM = [
         limits=((1, "yellow"), (100, "red")),
     ),
 ]
+_DISK = [
+    Panel(
+        "Files written",
+        "Whether the store could write each of its files the last time. append_only or dump failed: it refuses "
+        "feedback and versions until it can; rewrite failed: the append-only file grows on. Make room on its disk, see "
+        "the runbook of RecsysStoreCannotWrite.",
+        "none",
+        {"{{file}}": "min by (file) (recsys_store_file_written >= 0)"},
+        stat=True,
+        base="red",
+        limits=((1, "green"),),
+        texts={"1": "written", "0": "FAILED"},
+    ),
+    Panel(
+        "Append-only file, and room on its disk",
+        "The room is known where the store runs beside a server, not in another container. A rewrite takes as much "
+        "again as the file that it makes: with less room than the file has, make room, or give the store another disk.",
+        "bytes",
+        {
+            "append-only file": newest("recsys_store_append_only_bytes"),
+            "room": "min (recsys_store_disk_free_bytes)",
+        },
+        width=16,
+    ),
+]
 _LOG = [
     Panel(
         "Log size",
@@ -127,5 +152,5 @@ BOARD = Board(
     "store",
     "recsys store",
     "Is the store reached, does it have room, and how fast does it take what is learned?",
-    {"Room": _ROOM, "Feedback log": _LOG, "Memory and weights": _MEMORY, "Time and errors": _TIME},
+    {"Room": _ROOM, "Disk": _DISK, "Feedback log": _LOG, "Memory and weights": _MEMORY, "Time and errors": _TIME},
 )

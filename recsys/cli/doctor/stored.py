@@ -13,7 +13,7 @@ from recsys.quarantine import Quarantine
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.store.durability import Durability
-from recsys.store.inspection import Inspection, inspect
+from recsys.store.inspection import REWRITE, Files, Inspection, files, inspect
 from recsys.weights import WeightStore
 
 # What the scripts need; Valkey began at 7.2.
@@ -21,6 +21,8 @@ OLDEST = (6, 2)
 SLOW_SECONDS = 0.02
 # Times are compared across machines to a fraction of a second; feedback may be five minutes ahead before it is refused.
 CLOCK_WARNING, CLOCK_PROBLEM = 0.25, 60.0
+# As the alert has it.
+LEAST_FREE_BYTES = 1 << 30
 # The newest versions, read whole and compared with their checksums; `recsys verify` reads them all.
 VERSIONS_READ = 16
 
@@ -32,6 +34,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
             inspection = inspect(client)
             yield from _store(settings, inspection)
             yield from _durability(settings, Durability(client, settings), inspection)
+            yield from room(files(client))
             yield _clock(inspection)
             yield from _log(FeedbackLog(client, settings), Quarantine(client, settings))
             yield from _versions(settings, WeightStore(client, settings))
@@ -120,6 +123,20 @@ def _durability(settings: Settings, durability: Durability, found: Inspection) -
     else:
         flushed = f", appendfsync {found.flushed}" if found.flushed else ""
         yield Finding("durability", "ok", f"{asked}{flushed}")
+
+
+def room(found: Files) -> Iterator[Finding]:
+    """Tell whether the store's append-only file can be kept short, and of the room for it where that is known."""
+    text = f"append-only file {size(found.append_only_bytes)}" if found.append_only_bytes >= 0 else ""
+    if found.free_bytes >= 0:
+        text = ", ".join(filter(None, (text, f"{size(found.free_bytes)} free on the store's disk")))
+    if found.written[REWRITE] == 0:
+        advice = "make room on the store's disk and look at its log; then BGREWRITEAOF: until then the file only grows"
+        yield Finding("files", "warning", f"{text}; it could not be replaced by a shorter one the last time", advice)
+    elif found.free_bytes < max(LEAST_FREE_BYTES, found.append_only_bytes):
+        yield Finding("files", "warning", text, "make room: a rewrite takes as much again as the file that it makes")
+    elif text:
+        yield Finding("files", "ok", text)
 
 
 def _clock(found: Inspection) -> Finding:
