@@ -33,7 +33,6 @@ EXPONENT_PLACE, EXPONENT_BIAS = 23, 127
 SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
