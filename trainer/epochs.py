@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from recsys.weights import decode, encode
+from trainer.arrivals import Arrivals, held
 from trainer.examples import Event, Examples, join
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
@@ -91,8 +92,14 @@ def _small(examples: Examples) -> Examples:
 class Epochs:
     """Teach one learner in epochs; `history` is what each did."""
 
-    def __init__(self, learner: Learner, train: Sequence[Known], validation: Sequence[Known]) -> None:
-        self._learner, self._settings = learner, learner.settings
+    def __init__(
+        self,
+        learner: Learner,
+        train: Sequence[Known],
+        validation: Sequence[Known],
+        arrivals: Arrivals | None = None,
+    ) -> None:
+        self._learner, self._settings, self._arrivals = learner, learner.settings, arrivals
         self._train, self._validation = Encoded(train, learner), Encoded(validation, learner)
         self.history: list[Epoch] = []
         self.best = 0
@@ -133,11 +140,14 @@ class Epochs:
         # As many examples a step as there are in the first epoch, replayed ones included.
         size = settings.batch_size + (0 if first else settings.replay_size)
         for examples, seen in self._train.batches(size, order):
+            if first and self._arrivals is not None:
+                self._arrivals.reach(examples)
             report = learner.step(examples, seen, again=not first)
             losses.append(report.losses.get("total", np.nan))
             done += len(examples)
             progress(epoch, done)
-        found = summary([learner.learn_mixing(*batch) for batch in self._validation.batches(settings.batch_size)])
+        validation = (held(*batch, learner.table) for batch in self._validation.batches(settings.batch_size))
+        found = summary([learner.learn_mixing(*batch) for batch in validation])
         loss = float(np.nanmean(losses)) if losses else float("nan")
         return Epoch(epoch, time.perf_counter() - started, loss, **found)
 

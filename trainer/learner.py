@@ -191,6 +191,12 @@ class Learner:
             self.strategies.step_mixing()
         return report
 
+    def row(self, item_id: str) -> int:
+        """Return the item's row, a new one if it has none."""
+        if not self.table.row(item_id):
+            self.allocate([item_id])
+        return self.table.row(item_id)
+
     def allocate(self, item_ids: Iterable[str]) -> None:
         """Give rows to the items that have none."""
         if new := self.table.allocate(item_ids):
