@@ -3,6 +3,9 @@
 The first epoch goes in the order of time and is learned as the trainer learns a log: tested, counted, replayed. Further
 ones are shuffled and move the network and the item vectors alone. The weights that mix the score's parts are learned on
 feedback that the network has not learned: of the first epoch before it is, afterwards of what is kept apart.
+
+Where what is asked lies anywhere in the time of what is learned, not behind it, what followed what must not fade: after
+the first epoch it is counted anew.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ from trainer.quality import NO_EVENT, Rows, gains_at
 CUTOFF = 10
 # Feedback encoded at once.
 ENCODED = 4096
+# Where nothing fades, what is kept apart is gone through again until the mixing weights have moved so many times in an
+# epoch: the first epoch has taught them what counts at the end of its time. What is asked behind that end asks just
+# this of them, and more than once would make them fit few feedback too well.
+TIMELESS_STEPS = 128
 # Which draws are made: one number a purpose, beside those of learner and gate.
 SHUFFLE = 3
 
@@ -62,7 +69,7 @@ class Encoded:
             _small(encode_events([each.event for each in feedback[start : start + ENCODED]], learner.settings))
             for start in range(0, len(feedback), ENCODED)
         ]
-        self._examples = join(parts) if parts else _small(encode_events([], learner.settings))
+        self.examples = join(parts) if parts else _small(encode_events([], learner.settings))
         self._seen = [each.seen for each in feedback]
 
     def __len__(self) -> int:
@@ -73,7 +80,7 @@ class Encoded:
         order = np.arange(len(self)) if order is None else order
         for start in range(0, len(order), size):
             index = order[start : start + size]
-            yield self._examples.take(index), [self._seen[i] for i in index.tolist()]
+            yield self.examples.take(index), [self._seen[i] for i in index.tolist()]
 
 
 def _small(examples: Examples) -> Examples:
@@ -90,7 +97,10 @@ def _small(examples: Examples) -> Examples:
 
 
 class Epochs:
-    """Teach one learner in epochs; `history` is what each did."""
+    """Teach one learner in epochs; `history` is what each did.
+
+    `timeless` says that what is asked later lies anywhere in the time of what is learned.
+    """
 
     def __init__(
         self,
@@ -98,8 +108,11 @@ class Epochs:
         train: Sequence[Known],
         validation: Sequence[Known],
         arrivals: Arrivals | None = None,
+        *,
+        timeless: bool = False,
     ) -> None:
         self._learner, self._settings, self._arrivals = learner, learner.settings, arrivals
+        self._timeless = timeless
         self._train, self._validation = Encoded(train, learner), Encoded(validation, learner)
         self.history: list[Epoch] = []
         self.best = 0
@@ -146,10 +159,20 @@ class Epochs:
             losses.append(report.losses.get("total", np.nan))
             done += len(examples)
             progress(epoch, done)
-        validation = (held(*batch, learner.table) for batch in self._validation.batches(settings.batch_size))
-        found = summary([learner.learn_mixing(*batch) for batch in validation])
+        if first and self._timeless:
+            learner.recount(self._train.examples)
+        found = self._mixed()
         loss = float(np.nanmean(losses)) if losses else float("nan")
         return Epoch(epoch, time.perf_counter() - started, loss, **found)
+
+    def _mixed(self) -> dict[str, float]:
+        """Teach the mixing weights on what is kept apart; return what was found there the last time."""
+        learner, steps, reports = self._learner, 0, list[StepReport]()
+        while len(self._validation) and steps < (TIMELESS_STEPS if self._timeless else 1):
+            batches = self._validation.batches(self._settings.batch_size)
+            reports = [learner.learn_mixing(*held(*batch, learner.table)) for batch in batches]
+            steps += len(reports)
+        return summary(reports)
 
 
 def summary(reports: Sequence[StepReport]) -> dict[str, float]:

@@ -160,6 +160,13 @@ class Learner:
         latest_NK = recounted.histories(self.device).latest_first(TRANSITION_REACH)
         self._changed.append(self.table.fade_transitions(by, latest_NK, to_tensor(recounted.item_B, self.device)))
 
+    def recount(self, examples: Examples) -> None:
+        """Count what followed what in these examples alone, so that it holds at any time among them."""
+        chosen = np.flatnonzero(self._positive[examples.class_B] & (examples.item_B != PADDING_ROW))
+        latest_NK = examples.rows_BL[chosen, -TRANSITION_REACH:][:, ::-1]
+        self.table.recount(latest_NK, examples.item_B[chosen])
+        self._changed.append(torch.arange(self.table.rows, device=self.device))
+
     def _judge(self, examples: Examples, report: StepReport) -> np.ndarray:
         """Take in how well histories explain what was chosen; return whose feedback counts."""
         told_B = told(report.led_B, report.led_anywhere_B, report.popular_B, len(self.table))

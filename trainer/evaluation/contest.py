@@ -24,10 +24,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """Say how long the learner is taught: at most so many epochs, until `patience` in a row gained nothing."""
+    """Say how long the learner is taught: at most so many epochs, until `patience` in a row gained nothing.
+
+    `timeless`: what is tested lies anywhere in the time of what is taught.
+    """
 
     epochs: int
     patience: int
+    timeless: bool = False
 
 
 class Contest:
@@ -71,7 +75,7 @@ class Contest:
             started = time.perf_counter()
             if isinstance(method, LearnerMethod):
                 before = self._done
-                epochs = Epochs(method.learner, train, validation, method.arrivals)
+                epochs = Epochs(method.learner, train, validation, method.arrivals, timeless=teaching.timeless)
                 epochs.run(teaching.epochs, teaching.patience, lambda epoch, done, b=before: self._tell(b + done))  # type: ignore[misc]
                 self._done = before + len(train)
             else:
