@@ -106,7 +106,7 @@ def test_epochs_learn_more_than_one(tmp_path: Path) -> None:
     first, last = epochs.history[0], epochs.history[epochs.best - 1]
     assert epochs.best > 1
     assert last.loss < first.loss
-    assert last.validation_loss < first.validation_loss
+    assert last.validation_loss(timeless=False) < first.validation_loss(timeless=False)
 
 
 def test_it_stops_when_nothing_is_gained_and_keeps_the_best(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_it_stops_when_nothing_is_gained_and_keeps_the_best(tmp_path: Path) -> N
     epochs = Epochs(learner, rest, strange)
     epochs.run(30, 2, lambda epoch, done: kept.append(weights(learner)) if done == len(rest) else None)
     assert len(epochs.history) < 30
-    losses = [each.validation_loss for each in epochs.history]
+    losses = [each.validation_loss(timeless=False) for each in epochs.history]
     assert epochs.best == int(np.argmin(losses)) + 1
     assert len(epochs.history) == epochs.best + 2
     # Beside the mixing, learned last, the weights are those of the end of the best epoch.

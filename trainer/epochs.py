@@ -55,10 +55,12 @@ class Epoch:
     item_log_loss: float
     class_log_loss: float
 
-    @property
-    def validation_loss(self) -> float:
-        """Return what decides which epoch is the best: what is learned, on feedback kept apart."""
-        return float(np.nansum([self.item_log_loss, self.class_log_loss]))
+    def validation_loss(self, *, timeless: bool) -> float:
+        """Return what decides which epoch is the best: what is learned, on feedback kept apart.
+
+        Of single choices that are left out, their class tells nothing: of what was no choice none is kept apart.
+        """
+        return float(np.nansum([self.item_log_loss, 0.0 if timeless else self.class_log_loss]))
 
 
 class Encoded:
@@ -134,7 +136,7 @@ class Epochs:
             for epoch in range(1, epochs + 1):
                 moved = True
                 self.history.append(self._one(epoch, progress))
-                losses = [each.validation_loss for each in self.history]
+                losses = [each.validation_loss(timeless=self._timeless) for each in self.history]
                 if epoch == 1 or losses[-1] < min(losses[:-1]):
                     served, own = self._learner.write_all()
                     kept, self.best, moved = (encode(served), encode(own)), epoch, False

@@ -88,6 +88,8 @@ class Learner:
         self.drift = Drift(settings)
         self.trust = Trust(settings.trust)
         self.prequential = Prequential(settings, self.network, self.table)
+        # What was known of every item at a clock and with certain items in the table.
+        self._stood: tuple[tuple[int, int], Tensor] | None = None
         self._provisional = settings.provisional_class
         self._positive = np.array([c.positive for c in settings.classes])
         self._positive_C = torch.tensor([c.positive for c in settings.classes], device=device)
@@ -105,7 +107,7 @@ class Learner:
         self.steps += 1
         self._warm(examples)
         self.strategies.clear()
-        standing_IS = self.table.standing()
+        standing_IS = self._standing(counted=not again)
         if again:
             report, mix_loss, batch = StepReport.untested(len(examples)), torch.zeros((), device=self.device), examples
         else:
@@ -145,6 +147,13 @@ class Learner:
         }
         report.gradient_norm = float(norm)
         return report
+
+    def _standing(self, *, counted: bool) -> Tensor:
+        """Return what is known of every item; unless something was counted since, what was found before."""
+        now = self.table.clock, self.table.items_revision
+        if counted or self._stood is None or self._stood[0] != now:
+            self._stood = now, self.table.standing()
+        return self._stood[1]
 
     def fade(self, by: float) -> None:
         """Let all that followed items count less, and anew what followed them in the newest choices.
@@ -191,7 +200,7 @@ class Learner:
     def learn_mixing(self, examples: Examples, seen: list[np.ndarray] | None = None) -> StepReport:
         """Test a batch, and learn from it the weights that mix the score's parts, and nothing else."""
         self.strategies.clear()
-        report, mix_loss = self.prequential.test(examples, seen, self.table.standing())
+        report, mix_loss = self.prequential.test(examples, seen, self._standing(counted=False))
         # Synchronises with the GPU: the one decision that the host takes.
         report.learned = bool(torch.isfinite(mix_loss))
         if report.learned:
@@ -304,6 +313,7 @@ class Learner:
         """
         self._check(own)
         self.replica.apply(served)
+        self._stood = None
         self._named_taken, self._named = [], []
         self.steps = int(own.dense[STEPS][0])
         rows = from_array(own.rows, self.device).to(torch.int64)
