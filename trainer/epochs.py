@@ -1,8 +1,9 @@
 """Epochs: learn the same feedback several times, and stop when what was kept apart gains no more.
 
 The first epoch goes in the order of time and is learned as the trainer learns a log: tested, counted, replayed. Further
-ones are shuffled and move the network and the item vectors alone. The weights that mix the score's parts are learned on
-feedback that the network has not learned: of the first epoch before it is, afterwards of what is kept apart.
+ones are shuffled and move the network and the item vectors alone, not the head that tells classes. The weights that mix
+the score's parts are learned on feedback that the network has not learned: of the first epoch before it is, afterwards
+of what is kept apart.
 
 Where what is asked lies anywhere in the time of what is learned, not behind it, what followed what must not fade: after
 the first epoch it is counted anew.
@@ -45,7 +46,7 @@ class Known(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """Say what an epoch did: its mean loss while learning, and what was then found on what is kept apart."""
+    """Say what an epoch did: its mean loss over items while learning, then what was found on what is kept apart."""
 
     epoch: int
     seconds: float
@@ -158,7 +159,7 @@ class Epochs:
             if first and self._arrivals is not None:
                 self._arrivals.reach(examples)
             report = learner.step(examples, seen, again=not first)
-            losses.append(report.losses.get("total", np.nan))
+            losses.append(report.losses.get("item", np.nan))
             done += len(examples)
             progress(epoch, done)
         if first and self._timeless:

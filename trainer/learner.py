@@ -88,8 +88,6 @@ class Learner:
         self.drift = Drift(settings)
         self.trust = Trust(settings.trust)
         self.prequential = Prequential(settings, self.network, self.table)
-        # What was known of every item at a clock and with certain items in the table.
-        self._stood: tuple[tuple[int, int], Tensor] | None = None
         self._provisional = settings.provisional_class
         self._positive = np.array([c.positive for c in settings.classes])
         self._positive_C = torch.tensor([c.positive for c in settings.classes], device=device)
@@ -99,7 +97,8 @@ class Learner:
 
         `seen` gives per example the rows that the user already has, left out of the ranking; by default its history.
         `again` tells that the examples were learned before, as in a further epoch over a file: then they are neither
-        tested nor counted, and nothing is replayed with them.
+        tested nor counted, nothing is replayed with them, and their classes, which the head would know by heart, are
+        not learned.
         A batch whose loss or gradient is not finite leaves the weights as they are and reports learned = False.
         """
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 1, 0]))
@@ -107,8 +106,8 @@ class Learner:
         self.steps += 1
         self._warm(examples)
         self.strategies.clear()
-        standing_IS = self._standing(counted=not again)
-        if again:
+        standing_IS = None if again else self.table.standing()
+        if standing_IS is None:
             report, mix_loss, batch = StepReport.untested(len(examples)), torch.zeros((), device=self.device), examples
         else:
             report, mix_loss = self.prequential.test(
@@ -121,7 +120,9 @@ class Learner:
         with self.strategies.learning(self.steps):
             losses = self._loss(batch, report, followed, standing_IS, random)
             loss = losses.total
-            torch.autograd.backward(loss)
+            # Learned again where classes alone learn, there is nothing to learn.
+            if loss.requires_grad:
+                torch.autograd.backward(loss)
             norm = self.strategies.clip(len(batch))
             finite = torch.isfinite(norm) & torch.isfinite(loss) & torch.isfinite(mix_loss)
             if losses.vectors_UD.grad is not None:
@@ -147,13 +148,6 @@ class Learner:
         }
         report.gradient_norm = float(norm)
         return report
-
-    def _standing(self, *, counted: bool) -> Tensor:
-        """Return what is known of every item; unless something was counted since, what was found before."""
-        now = self.table.clock, self.table.items_revision
-        if counted or self._stood is None or self._stood[0] != now:
-            self._stood = now, self.table.standing()
-        return self._stood[1]
 
     def fade(self, by: float) -> None:
         """Let all that followed items count less, and anew what followed them in the newest choices.
@@ -200,7 +194,7 @@ class Learner:
     def learn_mixing(self, examples: Examples, seen: list[np.ndarray] | None = None) -> StepReport:
         """Test a batch, and learn from it the weights that mix the score's parts, and nothing else."""
         self.strategies.clear()
-        report, mix_loss = self.prequential.test(examples, seen, self._standing(counted=False))
+        report, mix_loss = self.prequential.test(examples, seen, self.table.standing())
         # Synchronises with the GPU: the one decision that the host takes.
         report.learned = bool(torch.isfinite(mix_loss))
         if report.learned:
@@ -313,7 +307,6 @@ class Learner:
         """
         self._check(own)
         self.replica.apply(served)
-        self._stood = None
         self._named_taken, self._named = [], []
         self.steps = int(own.dense[STEPS][0])
         rows = from_array(own.rows, self.device).to(torch.int64)
@@ -356,10 +349,13 @@ class Learner:
         examples: Examples,
         report: StepReport,
         followed: Followed | None,
-        standing_IS: Tensor,
+        standing_IS: Tensor | None,
         random: np.random.Generator,
     ) -> _Losses:
-        """Compute the losses of a batch: new examples, reported on, replayed ones, impressions that were followed."""
+        """Compute the losses of a batch: new examples, reported on, replayed ones, impressions that were followed.
+
+        Without a standing of items that over the classes is left out.
+        """
         self.network.train()
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
@@ -378,8 +374,10 @@ class Learner:
         positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0) & (item_X != 0)
         negatives_ND = F.embedding(inverse[places + count :], vectors_UD)
         item_loss = self._item_loss(states_XD, items_XD, negatives_ND, item_X, negative_N, positive_X)
-        states = states_XD.detach(), items_XD.detach()
-        class_loss = self._class_loss(examples, report, followed, histories, states, standing_IS)
+        class_loss = torch.zeros((), device=self.device)
+        if standing_IS is not None:
+            states = states_XD.detach(), items_XD.detach()
+            class_loss = self._class_loss(examples, report, followed, histories, states, standing_IS)
         extra = self.strategies.distillation(histories, vectors_UD, index_BL, states_XD, negatives_ND)
         return _Losses(rows_U, vectors_UD, item_loss, class_loss, extra)
 
