@@ -107,3 +107,89 @@ def _get_in(successor_M: Integers, weight_M: Floats, new_N: Integers, heavy_N: F
                 weakest = slot
         taken_M[weakest] = True
         successor_M[weakest], weight_M[weakest] = new_N[order_N[place]], heavy_N[order_N[place]]
+
+
+@compiled
+def recount(
+    successor_IM: Integers,
+    weight_IM: Floats,
+    latest_NK: Integers,
+    item_N: Integers,
+    nearness_K: Floats,
+    back: float,
+    share_I: Floats,
+    rest_I: Floats,
+    room: int,
+) -> None:
+    """Replace all that followed items by what followed in N choices, each with its history, latest first.
+
+    Nothing fades. What follows item a and leads to b counts share_I[a] x rest_I[b] of its sum; of each item the
+    heaviest successors are kept, of equal ones the lower rows. At most `room` pairs are held at once, or one
+    item's.
+    """
+    items = len(successor_IM)
+    pairs_I = np.zeros(items, np.int64)
+    for place in range(len(item_N)):
+        for before in latest_NK[place]:
+            if before != 0 and before != item_N[place]:
+                pairs_I[before] += 1
+                pairs_I[item_N[place]] += 1
+    sum_I, found_I = np.zeros(items, np.float32), np.empty(items, np.int32)
+    first = 0
+    while first < items:
+        end, held = first, 0
+        while end < items and (end == first or held + pairs_I[end] <= room):
+            held += pairs_I[end]
+            end += 1
+        after_P, near_P, start_I = _of_items(latest_NK, item_N, nearness_K, back, pairs_I, first, end)
+        for item in range(first, end):
+            found = 0
+            for place in range(start_I[item - first], start_I[item - first + 1]):
+                after = after_P[place]
+                if sum_I[after] == 0.0:
+                    found_I[found] = after
+                    found += 1
+                sum_I[after] += near_P[place]
+            _keep(successor_IM[item], weight_IM[item], found_I[:found], sum_I, share_I[item], rest_I)
+            for place in range(found):
+                sum_I[found_I[place]] = 0.0
+        first = end
+
+
+@compiled
+def _of_items(
+    latest_NK: Integers, item_N: Integers, nearness_K: Floats, back: float, pairs_I: Longs, first: int, end: int
+) -> tuple[Integers, Floats, Longs]:
+    """Return what followed the items from `first` to `end`, one after another, and where each one's begins."""
+    start_I = np.zeros(end - first + 1, np.int64)
+    for item in range(first, end):
+        start_I[item - first + 1] = start_I[item - first] + pairs_I[item]
+    next_I = start_I.copy()
+    after_P, near_P = np.empty(start_I[-1], np.int32), np.empty(start_I[-1], np.float32)
+    for place in range(len(item_N)):
+        item = item_N[place]
+        for distance in range(latest_NK.shape[1]):
+            before = latest_NK[place, distance]
+            if before != 0 and before != item:
+                if first <= before < end:
+                    after_P[next_I[before - first]], near_P[next_I[before - first]] = item, nearness_K[distance]
+                    next_I[before - first] += 1
+                if first <= item < end:
+                    after_P[next_I[item - first]] = before
+                    near_P[next_I[item - first]] = np.float32(back) * nearness_K[distance]
+                    next_I[item - first] += 1
+    return after_P, near_P, start_I
+
+
+@compiled
+def _keep(
+    successor_M: Integers, weight_M: Floats, found_N: Integers, sum_I: Floats, share: float, rest_I: Floats
+) -> None:
+    """Write the heaviest of what was found into the slots, the rest of which is empty."""
+    weight_N = np.empty(len(found_N), np.float32)
+    for place in range(len(found_N)):
+        weight_N[place] = share * rest_I[found_N[place]] * sum_I[found_N[place]]
+    order_N = np.argsort(-weight_N, kind="mergesort")
+    successor_M[:], weight_M[:] = 0, 0.0
+    for slot in range(min(len(successor_M), len(found_N))):
+        successor_M[slot], weight_M[slot] = found_N[order_N[slot]], weight_N[order_N[slot]]

@@ -59,14 +59,25 @@ def test_learning_again_moves_the_network_and_counts_nothing(tmp_path: Path) -> 
     examples = encode_events([case.event for case in cases[:8]], learner.settings)
     assert learner.step(examples).learned
     before, moved, window = counts(learner), weights(learner), len(learner.window)
-    mixing = [p.detach().clone() for p in learner.network.mix.parameters()]
+    network = learner.network
+    kept = [*network.mix.parameters(), *network.rank.parameters(), *network.rates.parameters()]
+    mixing = [p.detach().clone() for p in kept]
     report = learner.step(examples, again=True)
     assert report.learned
     assert counts(learner) == before
     assert len(learner.window) == window
-    assert all(torch.equal(p, q) for p, q in zip(learner.network.mix.parameters(), mixing, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(kept, mixing, strict=True))
     assert weights(learner) != moved
     assert not (report.rank_B > 0).any()
+
+
+def test_where_classes_alone_learn_learning_again_changes_nothing(tmp_path: Path) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path), trainable="head", bayesian_head=True)
+    examples = encode_events([case.event for case in cases[:8]], learner.settings)
+    learner.step(examples)
+    before = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    assert learner.step(examples, again=True).learned
+    assert all(torch.equal(value, before[name]) for name, value in learner.network.state_dict().items())
 
 
 def test_learning_the_mixing_moves_nothing_else(tmp_path: Path) -> None:
@@ -106,7 +117,7 @@ def test_epochs_learn_more_than_one(tmp_path: Path) -> None:
     first, last = epochs.history[0], epochs.history[epochs.best - 1]
     assert epochs.best > 1
     assert last.loss < first.loss
-    assert last.validation_loss < first.validation_loss
+    assert last.validation_loss(timeless=False) < first.validation_loss(timeless=False)
 
 
 def test_it_stops_when_nothing_is_gained_and_keeps_the_best(tmp_path: Path) -> None:
@@ -123,7 +134,7 @@ def test_it_stops_when_nothing_is_gained_and_keeps_the_best(tmp_path: Path) -> N
     epochs = Epochs(learner, rest, strange)
     epochs.run(30, 2, lambda epoch, done: kept.append(weights(learner)) if done == len(rest) else None)
     assert len(epochs.history) < 30
-    losses = [each.validation_loss for each in epochs.history]
+    losses = [each.validation_loss(timeless=False) for each in epochs.history]
     assert epochs.best == int(np.argmin(losses)) + 1
     assert len(epochs.history) == epochs.best + 2
     # Beside the mixing, learned last, the weights are those of the end of the best epoch.

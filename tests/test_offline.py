@@ -101,6 +101,22 @@ def test_the_learner_finds_a_planted_order(tmp_path: Path) -> None:
     assert recsys["hr_at_5"] > 2 * popularity["hr_at_5"]
 
 
+def test_what_followed_long_ago_is_found_when_one_is_left_out(tmp_path: Path) -> None:
+    """Users of the first half go through a round of items by ones, those of the second by sevens."""
+    items, users, length = 40, 120, 8
+    rows = [
+        (f"u{user}", f"i{(user * 5 + n * (1 if user < users / 2 else 7)) % items}")
+        for first in range(0, users, users // 2)
+        for n in range(length)
+        for user in range(first, first + users // 2)
+    ]
+    learner = {"batch_size": 20, "successors": 8, "replay_size": 20}
+    found = leave_one_out(contest(write(tmp_path, rows), "recsys", **learner), TEACHING)
+    assert found["events"] == users
+    # Both ways lead on from every item; by counts that fade half as many are found.
+    assert found["methods"][0]["hr_at_1"] > 0.9
+
+
 def test_learning_on_wins_where_the_world_changes(tmp_path: Path) -> None:
     random = np.random.default_rng(2)
     half = 300

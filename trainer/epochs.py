@@ -1,8 +1,12 @@
 """Epochs: learn the same feedback several times, and stop when what was kept apart gains no more.
 
 The first epoch goes in the order of time and is learned as the trainer learns a log: tested, counted, replayed. Further
-ones are shuffled and move the network and the item vectors alone. The weights that mix the score's parts are learned on
-feedback that the network has not learned: of the first epoch before it is, afterwards of what is kept apart.
+ones are shuffled and move the network and the item vectors alone, not the head that tells classes. The weights that mix
+the score's parts are learned on feedback that the network has not learned: of the first epoch before it is, afterwards
+of what is kept apart.
+
+Where what is asked lies anywhere in the time of what is learned, not behind it, what followed what must not fade: after
+the first epoch it is counted anew.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from recsys.weights import decode, encode
+from trainer.arrivals import Arrivals, held
 from trainer.examples import Event, Examples, join
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
@@ -24,6 +29,10 @@ from trainer.quality import NO_EVENT, Rows, gains_at
 CUTOFF = 10
 # Feedback encoded at once.
 ENCODED = 4096
+# Where nothing fades, what is kept apart is gone through again until the mixing weights have moved so many times in an
+# epoch: the first epoch has taught them what counts at the end of its time. What is asked behind that end asks just
+# this of them, and more than once would make them fit few feedback too well.
+TIMELESS_STEPS = 128
 # Which draws are made: one number a purpose, beside those of learner and gate.
 SHUFFLE = 3
 
@@ -37,7 +46,7 @@ class Known(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """Say what an epoch did: its mean loss while learning, and what was then found on what is kept apart."""
+    """Say what an epoch did: its mean loss over items while learning, then what was found on what is kept apart."""
 
     epoch: int
     seconds: float
@@ -47,10 +56,12 @@ class Epoch:
     item_log_loss: float
     class_log_loss: float
 
-    @property
-    def validation_loss(self) -> float:
-        """Return what decides which epoch is the best: what is learned, on feedback kept apart."""
-        return float(np.nansum([self.item_log_loss, self.class_log_loss]))
+    def validation_loss(self, *, timeless: bool) -> float:
+        """Return what decides which epoch is the best: what is learned, on feedback kept apart.
+
+        Of single choices that are left out, their class tells nothing: of what was no choice none is kept apart.
+        """
+        return float(np.nansum([self.item_log_loss, 0.0 if timeless else self.class_log_loss]))
 
 
 class Encoded:
@@ -61,7 +72,7 @@ class Encoded:
             _small(encode_events([each.event for each in feedback[start : start + ENCODED]], learner.settings))
             for start in range(0, len(feedback), ENCODED)
         ]
-        self._examples = join(parts) if parts else _small(encode_events([], learner.settings))
+        self.examples = join(parts) if parts else _small(encode_events([], learner.settings))
         self._seen = [each.seen for each in feedback]
 
     def __len__(self) -> int:
@@ -72,7 +83,7 @@ class Encoded:
         order = np.arange(len(self)) if order is None else order
         for start in range(0, len(order), size):
             index = order[start : start + size]
-            yield self._examples.take(index), [self._seen[i] for i in index.tolist()]
+            yield self.examples.take(index), [self._seen[i] for i in index.tolist()]
 
 
 def _small(examples: Examples) -> Examples:
@@ -89,10 +100,22 @@ def _small(examples: Examples) -> Examples:
 
 
 class Epochs:
-    """Teach one learner in epochs; `history` is what each did."""
+    """Teach one learner in epochs; `history` is what each did.
 
-    def __init__(self, learner: Learner, train: Sequence[Known], validation: Sequence[Known]) -> None:
-        self._learner, self._settings = learner, learner.settings
+    `timeless` says that what is asked later lies anywhere in the time of what is learned.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        train: Sequence[Known],
+        validation: Sequence[Known],
+        arrivals: Arrivals | None = None,
+        *,
+        timeless: bool = False,
+    ) -> None:
+        self._learner, self._settings, self._arrivals = learner, learner.settings, arrivals
+        self._timeless = timeless
         self._train, self._validation = Encoded(train, learner), Encoded(validation, learner)
         self.history: list[Epoch] = []
         self.best = 0
@@ -114,7 +137,7 @@ class Epochs:
             for epoch in range(1, epochs + 1):
                 moved = True
                 self.history.append(self._one(epoch, progress))
-                losses = [each.validation_loss for each in self.history]
+                losses = [each.validation_loss(timeless=self._timeless) for each in self.history]
                 if epoch == 1 or losses[-1] < min(losses[:-1]):
                     served, own = self._learner.write_all()
                     kept, self.best, moved = (encode(served), encode(own)), epoch, False
@@ -133,13 +156,26 @@ class Epochs:
         # As many examples a step as there are in the first epoch, replayed ones included.
         size = settings.batch_size + (0 if first else settings.replay_size)
         for examples, seen in self._train.batches(size, order):
+            if first and self._arrivals is not None:
+                self._arrivals.reach(examples)
             report = learner.step(examples, seen, again=not first)
-            losses.append(report.losses.get("total", np.nan))
+            losses.append(report.losses.get("item", np.nan))
             done += len(examples)
             progress(epoch, done)
-        found = summary([learner.learn_mixing(*batch) for batch in self._validation.batches(settings.batch_size)])
+        if first and self._timeless:
+            learner.recount(self._train.examples)
+        found = self._mixed()
         loss = float(np.nanmean(losses)) if losses else float("nan")
         return Epoch(epoch, time.perf_counter() - started, loss, **found)
+
+    def _mixed(self) -> dict[str, float]:
+        """Teach the mixing weights on what is kept apart; return what was found there the last time."""
+        learner, steps, reports = self._learner, 0, list[StepReport]()
+        while len(self._validation) and steps < (TIMELESS_STEPS if self._timeless else 1):
+            batches = self._validation.batches(self._settings.batch_size)
+            reports = [learner.learn_mixing(*held(*batch, learner.table)) for batch in batches]
+            steps += len(reports)
+        return summary(reports)
 
 
 def summary(reports: Sequence[StepReport]) -> dict[str, float]:

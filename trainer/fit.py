@@ -21,6 +21,7 @@ from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights import Lineage, LogRange, WeightPayload, WeightStore, encode
 from recsys.weights.earlier import ATTEMPTS, FITTED, HOLD_SECONDS, put_together
+from trainer.arrivals import Arrivals
 from trainer.epochs import Epochs
 from trainer.evaluation.methods import RECSYS, Found, LearnerMethod
 from trainer.evaluation.stream import Case, Stream
@@ -80,7 +81,8 @@ class Fit:
             self.learner.restore(*start.weights)
         if contents:
             self.learner.catalogue(contents)
-        self._stream = Stream(file, settings, self.learner)
+        self._arrivals = Arrivals(self.learner)
+        self._stream = Stream(file, settings, self._arrivals)
         cases = list(self._stream.cases())
         tested, kept = round(len(cases) * test_share), round(len(cases) * validation_share)
         self.train_size = len(cases) - tested - kept
@@ -88,7 +90,7 @@ class Fit:
             raise InputFileError("the file holds too little feedback: nothing is left to learn")
         self._validation = cases[self.train_size : len(cases) - tested]
         self._test = cases[len(cases) - tested :]
-        self._epochs = Epochs(self.learner, cases[: self.train_size], self._validation)
+        self._epochs = Epochs(self.learner, cases[: self.train_size], self._validation, self._arrivals)
         # The epochs hold it in a tenth of the space.
         del cases
         self._before, self._losses_before = self._measured_before(file)
@@ -100,8 +102,8 @@ class Fit:
         try:
             self._epochs.run(epochs, patience, progress)
         finally:
-            self._after, self._losses_after = self._measure(self.learner, self._test)
-        LearnerMethod(self.learner).learn([*self._validation, *self._test])
+            self._after, self._losses_after = self._measure(self.learner, self._arrivals, self._test)
+        LearnerMethod(self.learner, self._arrivals).learn([*self._validation, *self._test])
         self.learner.follow_contents()
 
     def result(self) -> dict[str, Any]:
@@ -185,17 +187,20 @@ class Fit:
     def _measured_before(self, file: FeedbackFile) -> tuple[dict[str, Any], list[np.ndarray]]:
         """Measure the version that is served, or new weights where there is none, on the last part of the file."""
         if self._start.served is self._start.weights:
-            return self._measure(self.learner, self._test)
+            return self._measure(self.learner, self._arrivals, self._test)
         served = Learner(self._settings, self.learner.device)
         assert self._start.served is not None
         served.restore(*self._start.served)
         # Its rows are others than those of weights made from nothing.
-        cases = list(Stream(file, self._settings, served).cases())
-        return self._measure(served, cases[len(cases) - len(self._test) :])
+        arrivals = Arrivals(served)
+        cases = list(Stream(file, self._settings, arrivals).cases())
+        return self._measure(served, arrivals, cases[len(cases) - len(self._test) :])
 
-    def _measure(self, learner: Learner, cases: Sequence[Case]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    def _measure(
+        self, learner: Learner, arrivals: Arrivals, cases: Sequence[Case]
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
         """Test cases without learning; return the measures, and each one's losses over items and classes."""
-        tally, method, found = Tally(self._settings, [RECSYS]), LearnerMethod(learner), list[Found]()
+        tally, method, found = Tally(self._settings, [RECSYS]), LearnerMethod(learner, arrivals), list[Found]()
         for batch in batches(cases, self._settings.batch_size):
             found.append(method.run(batch, learn=False))
             tally.add(batch, {RECSYS: found[-1]})

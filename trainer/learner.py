@@ -97,7 +97,8 @@ class Learner:
 
         `seen` gives per example the rows that the user already has, left out of the ranking; by default its history.
         `again` tells that the examples were learned before, as in a further epoch over a file: then they are neither
-        tested nor counted, and nothing is replayed with them.
+        tested nor counted, nothing is replayed with them, and their classes, which the head would know by heart, are
+        not learned.
         A batch whose loss or gradient is not finite leaves the weights as they are and reports learned = False.
         """
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 1, 0]))
@@ -105,8 +106,8 @@ class Learner:
         self.steps += 1
         self._warm(examples)
         self.strategies.clear()
-        standing_IS = self.table.standing()
-        if again:
+        standing_IS = None if again else self.table.standing()
+        if standing_IS is None:
             report, mix_loss, batch = StepReport.untested(len(examples)), torch.zeros((), device=self.device), examples
         else:
             report, mix_loss = self.prequential.test(
@@ -119,7 +120,9 @@ class Learner:
         with self.strategies.learning(self.steps):
             losses = self._loss(batch, report, followed, standing_IS, random)
             loss = losses.total
-            torch.autograd.backward(loss)
+            # Learned again where classes alone learn, there is nothing to learn.
+            if loss.requires_grad:
+                torch.autograd.backward(loss)
             norm = self.strategies.clip(len(batch))
             finite = torch.isfinite(norm) & torch.isfinite(loss) & torch.isfinite(mix_loss)
             if losses.vectors_UD.grad is not None:
@@ -161,6 +164,13 @@ class Learner:
         latest_NK = recounted.histories(self.device).latest_first(TRANSITION_REACH)
         self._changed.append(self.table.fade_transitions(by, latest_NK, to_tensor(recounted.item_B, self.device)))
 
+    def recount(self, examples: Examples) -> None:
+        """Count what followed what in these examples alone, so that it holds at any time among them."""
+        chosen = np.flatnonzero(self._positive[examples.class_B] & (examples.item_B != PADDING_ROW))
+        latest_NK = examples.rows_BL[chosen, -TRANSITION_REACH:][:, ::-1]
+        self.table.recount(latest_NK, examples.item_B[chosen])
+        self._changed.append(torch.arange(self.table.rows, device=self.device))
+
     def _judge(self, examples: Examples, report: StepReport) -> np.ndarray:
         """Take in how well histories explain what was chosen; return whose feedback counts."""
         told_B = told(report.led_B, report.led_anywhere_B, report.popular_B, len(self.table))
@@ -191,6 +201,12 @@ class Learner:
         if report.learned:
             self.strategies.step_mixing()
         return report
+
+    def row(self, item_id: str) -> int:
+        """Return the item's row, a new one if it has none."""
+        if not self.table.row(item_id):
+            self.allocate([item_id])
+        return self.table.row(item_id)
 
     def allocate(self, item_ids: Iterable[str]) -> None:
         """Give rows to the items that have none."""
@@ -334,10 +350,13 @@ class Learner:
         examples: Examples,
         report: StepReport,
         followed: Followed | None,
-        standing_IS: Tensor,
+        standing_IS: Tensor | None,
         random: np.random.Generator,
     ) -> _Losses:
-        """Compute the losses of a batch: new examples, reported on, replayed ones, impressions that were followed."""
+        """Compute the losses of a batch: new examples, reported on, replayed ones, impressions that were followed.
+
+        Without a standing of items that over the classes is left out.
+        """
         self.network.train()
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
@@ -356,8 +375,10 @@ class Learner:
         positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0) & (item_X != 0)
         negatives_ND = F.embedding(inverse[places + count :], vectors_UD)
         item_loss = self._item_loss(states_XD, items_XD, negatives_ND, item_X, negative_N, positive_X)
-        states = states_XD.detach(), items_XD.detach()
-        class_loss = self._class_loss(examples, report, followed, histories, states, standing_IS)
+        class_loss = torch.zeros((), device=self.device)
+        if standing_IS is not None:
+            states = states_XD.detach(), items_XD.detach()
+            class_loss = self._class_loss(examples, report, followed, histories, states, standing_IS)
         extra = self.strategies.distillation(histories, vectors_UD, index_BL, states_XD, negatives_ND)
         return _Losses(rows_U, vectors_UD, item_loss, class_loss, extra)
 

@@ -11,6 +11,7 @@ import torch
 
 from recsys.feedback_file import FeedbackFile
 from recsys.settings import Settings
+from trainer.arrivals import Arrivals
 from trainer.epochs import Epochs
 from trainer.evaluation.methods import BASELINES, RECSYS, LearnerMethod, Method, held_bytes
 from trainer.evaluation.stream import Case, Stream
@@ -23,10 +24,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """Say how long the learner is taught: at most so many epochs, until `patience` in a row gained nothing."""
+    """Say how long the learner is taught: at most so many epochs, until `patience` in a row gained nothing.
+
+    `timeless`: what is tested lies anywhere in the time of what is taught.
+    """
 
     epochs: int
     patience: int
+    timeless: bool = False
 
 
 class Contest:
@@ -46,10 +51,12 @@ class Contest:
         learner = Learner(settings, device) if RECSYS in names else None
         if learner is not None and contents:
             learner.catalogue(contents)
+        arrivals = Arrivals(learner)
         self._methods: dict[str, Method] = {
-            name: LearnerMethod(learner) if name == RECSYS and learner else BASELINES[name]() for name in names
+            name: LearnerMethod(learner, arrivals) if name == RECSYS and learner else BASELINES[name]()
+            for name in names
         }
-        self._stream = Stream(file, settings, learner)
+        self._stream = Stream(file, settings, arrivals)
         self.seconds = dict.fromkeys(names, 0.0)
         self._done = 0
 
@@ -68,7 +75,7 @@ class Contest:
             started = time.perf_counter()
             if isinstance(method, LearnerMethod):
                 before = self._done
-                epochs = Epochs(method.learner, train, validation)
+                epochs = Epochs(method.learner, train, validation, method.arrivals, timeless=teaching.timeless)
                 epochs.run(teaching.epochs, teaching.patience, lambda epoch, done, b=before: self._tell(b + done))  # type: ignore[misc]
                 self._done = before + len(train)
             else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recsys.settings import Settings
+from trainer.arrivals import Arrivals, held
 from trainer.baselines import (
     BiasedFactorisation,
     ClickRegression,
@@ -172,10 +173,13 @@ class ClickMethod:
 
 
 class LearnerMethod:
-    """Test and learn as the trainer does, a batch at a time."""
+    """Test and learn as the trainer does, a batch at a time.
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
+    `arrivals` give rows to items as learning comes to them; without any all have theirs.
+    """
+
+    def __init__(self, learner: Learner, arrivals: Arrivals | None = None) -> None:
+        self.learner, self.arrivals = learner, arrivals
         settings = learner.settings
         self._settings = settings
         self._prequential = Prequential(settings, learner.network, learner.table)
@@ -186,7 +190,7 @@ class LearnerMethod:
 
     def run(self, cases: Sequence[Case], *, learn: bool = True) -> Found:
         """Test cases in time order, all of a call before any is learned; without `learn` test them alone."""
-        examples, seen = encode([case.event for case in cases], self._settings), [case.seen for case in cases]
+        examples, seen = self._encoded(cases, learn=learn)
         rank_B = np.array([MISS if case.positive else NO_EVENT for case in cases], np.int64)
         found = Found(rank_B=rank_B)
         tester = self.learner.prequential if learn else self._prequential
@@ -214,8 +218,17 @@ class LearnerMethod:
     def learn(self, cases: Sequence[Case]) -> None:
         """Learn cases in time order, in batches as the trainer does."""
         for batch in batches(cases, self._settings.batch_size):
-            report = self.learner.step(encode([case.event for case in batch], self._settings), [c.seen for c in batch])
+            report = self.learner.step(*self._encoded(batch, learn=True))
             self.skipped += not report.learned
+
+    def _encoded(self, cases: Sequence[Case], *, learn: bool) -> tuple[Examples, list[Rows]]:
+        """Return examples and what each user has; what is not learned may be of items without rows, and is without."""
+        examples, seen = encode([case.event for case in cases], self._settings), [case.seen for case in cases]
+        if self.arrivals is None:
+            return examples, seen
+        if learn:
+            self.arrivals.reach(examples)
+        return held(examples, seen, self.learner.table)
 
     def _median(self, probability_BC: Floats) -> Floats:
         """Return the least worth that is reached with a probability of a half."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -39,7 +40,7 @@ def leave_one_out(contest: Contest, teaching: Teaching, limit: int | None = None
     contest.teach(
         [case for place, case in enumerate(cases) if place not in apart],
         [cases[place] for place in sorted(kept)],
-        teaching,
+        replace(teaching, timeless=True),
     )
     tally = contest.test([cases[place] for place in sorted(tested)])
     return contest.result("leave-one-out", _methods(contest, tally), tally)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from recsys.accounts import account
 from recsys.encoding import RowHistory
 from recsys.feedback_file import FeedbackFile
 from recsys.settings import Settings
+from trainer.arrivals import Arrivals
 from trainer.examples import Event
-from trainer.learner import Learner
 from trainer.quality import Rows
 
 NOT_CHOSEN = -1
@@ -99,12 +100,22 @@ class _User:
             self.seen.append(event.row)
 
 
-class Stream:
-    """Go through one file once; rows are allotted as items appear, by the learner where there is one."""
+class Numbering(Protocol):
+    """Know which row is which item's."""
 
-    def __init__(self, file: FeedbackFile, settings: Settings, learner: Learner | None = None) -> None:
-        self._file, self._settings, self._learner = file, settings, learner
-        self._rows: dict[str, int] = {}
+    def row(self, item_id: str) -> int:
+        """Return the item's row, a new one if it has none."""
+
+
+class Stream:
+    """Go through one file once; rows are allotted as items appear.
+
+    By a learner where what is read is learned next, by its Arrivals where the file is read ahead of it.
+    """
+
+    def __init__(self, file: FeedbackFile, settings: Settings, items: Numbering | None = None) -> None:
+        self._file, self._settings = file, settings
+        self._items: Numbering = Arrivals() if items is None else items
         self._users: dict[str, _User] = {}
         self._numbers = np.full(1024, NOT_CHOSEN)
         self._choices = array("q")
@@ -168,14 +179,7 @@ class Stream:
         return case
 
     def _row(self, item_id: str) -> int:
-        if self._learner is not None:
-            table = self._learner.table
-            row = table.row(item_id)
-            if not row:
-                self._learner.allocate([item_id])
-                row = table.row(item_id)
-        else:
-            row = self._rows.setdefault(item_id, len(self._rows) + 1)
+        row = self._items.row(item_id)
         if row >= len(self._numbers):
             self._numbers = np.concatenate([self._numbers, np.full(max(row, len(self._numbers)), NOT_CHOSEN)])
         return row

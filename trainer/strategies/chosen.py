@@ -126,7 +126,7 @@ class Strategies:
             self._anchor.learned()
         if self._average is not None:
             self._average.learned()
-        if self.last_layer is not None:
+        if self.last_layer is not None and new:
             self.last_layer.learned(new)
         if self._delayed is not None and new:
             self._delayed.learned()
