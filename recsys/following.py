@@ -124,7 +124,7 @@ def recount(
     """Replace all that followed items by what followed in N choices, each with its history, latest first.
 
     Nothing fades. What follows item a and leads to b counts share_I[a] x rest_I[b] of its sum; of each item the
-    heaviest successors are kept, of equal ones the lower rows. At most `room` pairs are held at once, or one
+    heaviest successors are kept, of equal ones those that came first. At most `room` pairs are held at once, or one
     item's.
     """
     items = len(successor_IM)

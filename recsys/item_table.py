@@ -20,8 +20,6 @@ from recsys.item_rows import PADDING_ROW as PADDING_ROW
 from recsys.item_rows import ItemRows
 from recsys.standing import COLUMNS, TREND_DECAYS, Standing, by_tensors
 
-# A count that has decayed by more than e to this does not change its sum with the floor.
-LEAST_EXPONENT = -80.0
 # Rows of which all is known that is computed at once: what it takes stays in the processor's cache.
 STRETCH = 16_384
 # How far back a choice counts as following another, with weight 1/sqrt(distance) where it is counted and again where it

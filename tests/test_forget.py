@@ -249,6 +249,24 @@ def test_what_is_kept_by_account_is_let_go_of(settings: Settings, store: redis.R
     assert known(delta.trainer_payload.dense[ACCOUNTS]) == before - {account(USER)}
 
 
+def test_an_account_whose_choices_still_wait_to_be_learned_does_not_come_back(
+    settings: Settings, store: redis.Redis
+) -> None:
+    base = small(settings)
+    with trainer(base) as daemon:
+        daemon.start()
+        learn(daemon, mixed(16))
+        # Fewer than a batch: read, and not learned yet.
+        append(base, by(USER, base.batch_size - 1, first=16))
+        daemon.step()
+        assert not daemon._learning.empty
+        Forgetting(store, base).forget(USER, position(daemon))
+        learn(daemon, make_feedback(8, 3, first=90))
+        accounts = known(daemon.learner.trust.write()[ACCOUNTS])
+        assert accounts
+        assert account(USER) not in accounts
+
+
 def test_behind_a_forgotten_account_all_is_learned_bit_for_bit(
     settings: Settings, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +305,8 @@ def test_a_rollback_does_not_bring_an_account_back(settings: Settings, store: re
     for _ in range(2):
         with trainer(base) as again:
             again.start()
+            # With a version of its own, should nothing else come.
+            learn(again, [])
             accounts = known(again.learner.trust.write()[ACCOUNTS])
             assert accounts
             assert account(USER) not in accounts

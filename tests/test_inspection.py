@@ -50,7 +50,7 @@ def rewrite(client: redis.Redis) -> None:
 
 
 def test_files_are_told_of_and_the_room_where_they_are(tmp_path: Path) -> None:
-    with OwnStore(tmp_path / "store") as own, own.client() as client:
+    with OwnStore(tmp_path / "store", save="3600 1000000") as own, own.client() as client:
         before = files(client)
         assert before.written == dict.fromkeys(FILES, 1.0)
         kept = os.urandom(4 << 20)
@@ -76,9 +76,22 @@ def test_files_are_told_of_and_the_room_where_they_are(tmp_path: Path) -> None:
 
 
 def test_a_store_without_an_append_only_file_has_none_that_could_fail(tmp_path: Path) -> None:
-    with OwnStore(tmp_path / "store", appendonly="no") as own, own.client() as client:
+    with OwnStore(tmp_path / "store", appendonly="no", save="3600 1000000") as own, own.client() as client:
         found = files(client)
         assert found.written[DUMP] == 1
         assert math.isnan(found.written[APPEND_ONLY])
         assert math.isnan(found.written[REWRITE])
         assert math.isnan(found.append_only_bytes)
+
+
+def test_a_store_that_dumps_nothing_of_its_own_accord_takes_writes_when_a_dump_fails(tmp_path: Path) -> None:
+    with OwnStore(tmp_path / "store") as own, own.client() as client:
+        assert math.isnan(files(client).written[DUMP])
+        (tmp_path / "store" / "dump.rdb").mkdir()
+        client.set("a", "b")
+        client.bgsave()
+        while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
+            pass
+        client.set("c", "d")
+        assert not inspect(client).last_write_failed
+        assert math.isnan(files(client).written[DUMP])

@@ -28,7 +28,7 @@ from recsys.metrics import ServerMetrics
 from recsys.scorer import Query, Scorer
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
-from recsys.store.inspection import FILES, files
+from recsys.store.inspection import APPEND_ONLY, REWRITE, files
 from recsys.weights import Lineage, WeightPayload, WeightStore, encode
 
 START_SECONDS = 20.0
@@ -195,7 +195,7 @@ def test_a_user_is_forgotten_out_of_memory(log: FeedbackLog, store: redis.Redis,
 def test_it_tells_of_its_files(store: redis.Redis, log: FeedbackLog) -> None:
     log.append(CLICKS)
     found = files(store)
-    assert found.written == dict.fromkeys(FILES, 1.0)
+    assert found.written[APPEND_ONLY] == found.written[REWRITE] == 1
     assert found.append_only_bytes > 0
     assert found.free_bytes > 0
 

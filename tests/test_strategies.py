@@ -228,6 +228,13 @@ def test_a_log_gives_one_chain_of_versions_wherever_the_trainer_restarts(
 
 
 @every
+def test_what_was_learned_can_be_learned_again(changes: dict[str, Any]) -> None:
+    learner = learned(small_settings(**changes), 3)
+    for number in (0, 2):
+        assert learner.step(draw(learner, number), again=True).learned
+
+
+@every
 def test_what_is_not_finite_changes_nothing(changes: dict[str, Any]) -> None:
     learner = learned(small_settings(**changes), 10)
     before = payloads(learner)

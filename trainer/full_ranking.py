@@ -18,12 +18,14 @@ from torch.nn import functional as F
 
 from recsys.compiled import compiled
 from recsys.encoding import to_tensor
-from recsys.item_table import LEAST_EXPONENT, NEXT_POWER, PADDING_ROW, TRANSITION_REACH, ItemTable
+from recsys.item_table import NEXT_POWER, PADDING_ROW, TRANSITION_REACH, ItemTable
 from recsys.network import TRANSITION_FLOOR, Histories, RecommendationNetwork
 from trainer.quality import MISS, Rows
 
 # In place of the score of an item that must not be ranked.
 MASKED = -1e9
+# What is smaller than e to this beside the largest is taken for that.
+LEAST_EXPONENT = -80.0
 # Items looked at together: what is known of them, and computed, stays in the processor's nearest cache.
 STRETCH = 1024
 LOG2_E, LOG_2 = np.float32(1 / math.log(2)), np.float32(math.log(2))

@@ -67,6 +67,8 @@ class LogLearner:
         self._admission = Admission(settings)
         # What the catalogue says of items, and the learner is still to take in.
         self._contents: dict[str, tuple[str, ...]] = {}
+        # Places of accounts: see recsys.accounts.
+        self._forgotten: list[int] = []
         # Positions of the feedback in the replay window.
         self._window: deque[str] = deque(maxlen=settings.replay_capacity)
         self.begin(VersionRecord(position=BEGINNING))
@@ -114,11 +116,14 @@ class LogLearner:
             position = before[-1].position
 
     def _heed(self, entry: LogEntry) -> None:
-        """Keep what an entry says of an item until the next batch; let go of a forgotten account at once."""
+        """Keep what an entry says of an item, or of a forgotten account, until the next batch has been learned.
+
+        That batch may hold what the account chose before it was forgotten.
+        """
         if entry.item is not None:
             self._contents[entry.item.item_id] = tuple(entry.item.categories)
         elif entry.forgotten is not None:
-            self._heeded |= self.learner.trust.forget(entry.forgotten)
+            self._forgotten.append(entry.forgotten)
 
     def _was_learned(self, entry: LogEntry, head: VersionRecord) -> bool:
         known = entry.record is not None and entry.record.feedback_class in self._settings.class_index
@@ -146,7 +151,7 @@ class LogLearner:
     @property
     def empty(self) -> bool:
         """Return whether nothing waits to be learned or published; what was held waits for more feedback."""
-        return not (self._pending or self.batches or self._contents or self._heeded)
+        return not (self._pending or self.batches or self._contents or self._forgotten or self._heeded)
 
     def take(self, entry: LogEntry) -> Outcome:
         """Go past one entry of the log, learning the batch that it completes.
@@ -168,6 +173,7 @@ class LogLearner:
             self._learn()
         elif entry.tick:
             self._take_in_catalogue()
+            self._let_go()
         self.read_position = entry.position
         if not self._pending:
             self._position = entry.position
@@ -276,6 +282,12 @@ class LogLearner:
             self.learner.catalogue(self._contents)
             self._contents, self._heeded = {}, True
 
+    def _let_go(self) -> None:
+        """Forget accounts that people asked to be forgotten."""
+        for place in self._forgotten:
+            self._heeded |= self.learner.trust.forget(place)
+        self._forgotten = []
+
     def _event(self, record: FeedbackRecord) -> Event:
         """Turn a record of a known class into an example; items without a row are left out."""
         index = self._settings.class_index[record.feedback_class]
@@ -295,6 +307,7 @@ class LogLearner:
         # Before this very feedback is counted. Synchronises with the GPU: what is told apart leaves for the metrics.
         chosen_B = self.learner.table.columns["total"][to_tensor(examples.item_B, self.learner.device)].cpu().numpy()
         report = self.learner.step(examples)
+        self._let_go()
         if self._gate is not None:
             self._gate.observe(examples, report)
         positions = [entry.position for entry, _ in self._pending]

@@ -25,7 +25,7 @@ from trainer.examples import Examples
 from trainer.full_ranking import Ranked
 from trainer.quality import MISS, NO_EVENT
 
-# Scores held at once, so that memory does not grow with the number of items.
+# Scores held at once, so that memory does not grow with the number of items: four bytes each, on a GPU some ten times.
 SCORES_AT_ONCE = 32_000_000
 # The mixing weights learn by generalised cross-entropy (Zhang and Sabuncu 2018), (1 - p^q) / q: choices that nobody
 # could have foreseen, noise and shuffled feedback among them, move them little. On two real streams 0.2 finds 1% more

@@ -131,7 +131,7 @@ def _status(code: int, message: str) -> bytes:
 
 @lru_cache(maxsize=WRITTEN_KEPT)
 def _around_request_id(length: int) -> tuple[bytes, bytes]:
-    """Return what a RequestInfo is before and after an id of so many bytes."""
+    """Return what a RequestInfo is before and after an id of so many bytes, at least one."""
     request_id = "\0" * length
     before, after = _detail(error_details_pb2.RequestInfo(request_id=request_id)).split(request_id.encode())
     return before, after

@@ -46,7 +46,7 @@ class Inspection:
 class Files:
     """Tell how a store's files are; NaN where it does not say, has none, or keeps them on another machine."""
 
-    # By FILES: 1 where the last write was done, 0 where it failed.
+    # By FILES: 1 where the last write was done, 0 where it failed. A dump that is asked for by hand is none of them.
     written: Mapping[str, float]
     append_only_bytes: float
     # Room on the disk that they are on.
@@ -63,6 +63,7 @@ def inspect(client: redis.Redis) -> Inspection:
         took, ahead = min(_ask_time(client) for _ in range(TIMES_ASKED))
         said: dict[str, Any] = client.info()
     flushed = _configured(client, "appendfsync")
+    statuses = said.get("aof_last_write_status"), said.get("rdb_last_bgsave_status") if _dumps(client) else None
     enabled = said.get("aof_enabled")
     return Inspection(
         server="Valkey" if "valkey_version" in said else "Redis",
@@ -75,7 +76,7 @@ def inspect(client: redis.Redis) -> Inspection:
         loading=bool(said.get("loading", 0)),
         append_only=None if enabled is None else bool(enabled),
         flushed=flushed,
-        last_write_failed="err" in (said.get("aof_last_write_status"), said.get("rdb_last_bgsave_status")),
+        last_write_failed="err" in statuses,
         replicas=int(said.get("connected_slaves", 0)),
         clock_ahead=ahead,
         answer_seconds=took,
@@ -98,13 +99,13 @@ def files(client: redis.Redis) -> Files:
     Raises:
         StoreUnavailable: when it does not answer.
     """
-    said = _said(client, "persistence")
+    said, dumps = _said(client, "persistence"), _dumps(client)
     status = {
         **{APPEND_ONLY: "aof_last_write_status", REWRITE: "aof_last_bgrewrite_status"},
         **{DUMP: "rdb_last_bgsave_status"},
     }
     appends = bool(said.get("aof_enabled"))
-    told = {file: said.get(name) if appends or file == DUMP else None for file, name in status.items()}
+    told = {file: said.get(name) if (dumps if file == DUMP else appends) else None for file, name in status.items()}
     written = {file: math.nan if text is None else float(text == "ok") for file, text in told.items()}
     return Files(written, float(said.get("aof_current_size", math.nan)), _free_bytes(_said(client, "server")))
 
@@ -139,11 +140,19 @@ def _ask_time(client: redis.Redis) -> tuple[float, float]:
     return took, seconds + microseconds / 1e6 - (asked + took / 2)
 
 
-def _configured(client: redis.Redis, name: str) -> str:
-    """Read a directive; "" where the store lets nobody read it."""
+def _dumps(client: redis.Redis) -> bool:
+    """Return whether a store dumps all it holds of its own accord, and so takes no writes while it cannot.
+
+    So it is taken to be where it lets nobody know.
+    """
+    return _configured(client, "save", unknown="?") != ""
+
+
+def _configured(client: redis.Redis, name: str, unknown: str = "") -> str:
+    """Read a directive; `unknown` where the store lets nobody read it."""
     try:
         with store_errors():
             found: Any = client.config_get(name)
     except redis.exceptions.ResponseError:
-        return ""
-    return str(found.get(name, ""))
+        return unknown
+    return str(found.get(name, unknown))

@@ -51,7 +51,9 @@ class Anchor:
         """
         settings = self._settings
         for name, weight in self._weights.items():
-            assert weight.grad is not None
+            # What nothing was learned of stays where it is, as the head does in further epochs.
+            if weight.grad is None:
+                continue
             strength: float | Tensor = settings.l2sp_weight
             if name in self._fisher:
                 strength = settings.ewc_weight * self._fisher[name] + settings.l2sp_weight
