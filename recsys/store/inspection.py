@@ -99,13 +99,15 @@ def files(client: redis.Redis) -> Files:
     Raises:
         StoreUnavailable: when it does not answer.
     """
-    said, dumps = _said(client, "persistence"), _dumps(client)
+    said = _said(client, "persistence")
     status = {
         **{APPEND_ONLY: "aof_last_write_status", REWRITE: "aof_last_bgrewrite_status"},
         **{DUMP: "rdb_last_bgsave_status"},
     }
     appends = bool(said.get("aof_enabled"))
-    told = {file: said.get(name) if (dumps if file == DUMP else appends) else None for file, name in status.items()}
+    told = {file: said.get(name) if appends or file == DUMP else None for file, name in status.items()}
+    if told[DUMP] == "err" and not _dumps(client):
+        told[DUMP] = None
     written = {file: math.nan if text is None else float(text == "ok") for file, text in told.items()}
     return Files(written, float(said.get("aof_current_size", math.nan)), _free_bytes(_said(client, "server")))
 
