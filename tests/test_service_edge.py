@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import queue
 import re
 import time
@@ -240,6 +241,18 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(settings: Setti
         assert running.value("recsys_requests_rejected_total", reason="overloaded") == 1
         running.scorer.gate.set()
         assert [call.result().version for call in (held, *calls) if call is not refused] == [1, 1, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such policy")
+def test_what_brings_calls_does_not_interrupt_what_scores(running: Running, transport: str) -> None:
+    if transport == "grpcio":
+        pytest.skip("the library's threads begin with the library")
+    threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+    names = {thread: Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in threads}
+    bringing = [thread for thread, name in names.items() if name.startswith("grpc-native")]
+    assert bringing
+    assert {os.sched_getscheduler(thread) for thread in bringing} == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_calls_go_without_the_garbage_collector(running: Running, transport: str) -> None:
