@@ -224,7 +224,7 @@ def test_no_sum_goes_round_and_no_score_is_further_off_than_is_said(width: int, 
 def test_keys_are_in_the_order_of_scores(numbers: list[float]) -> None:
     """Either zero, numbers next to nothing, equal ones: as a stable sort has them."""
     keys = np.array([[shortlist._key(np.float32(number), row) for row, number in enumerate(numbers)]])
-    scores, rows = shortlist.in_order(keys, len(numbers))
+    scores, rows = shortlist.in_order(keys, np.array([len(numbers)]), len(numbers))
     expected = sorted(range(len(numbers)), key=lambda row: (-numbers[row], row))
     assert rows[0].tolist() == expected
     assert scores[0].tolist() == [numbers[row] for row in expected]
@@ -361,7 +361,8 @@ def test_the_class_head_gives_the_numbers_of_the_network() -> None:
 def test_marks_are_the_sums_of_what_follows() -> None:
     table = made_up(60, 8)
     history = torch.randint(0, table.rows, (6, REACH))
-    marks = Marks.of(table, history.numpy(), Own.of([[3, 3, 7]] + [[]] * 5))
+    successors = table.column("successor").numpy(), table.column("successor_weight").numpy()
+    marks = Marks.of(successors, history.numpy(), Own.of([[3, 3, 7]] + [[]] * 5))
     dense = table.transitions(history).lifts(table.rows, TRANSITION_FLOOR)
     for user, rows in enumerate(marks.rows_BN):
         there = rows != END

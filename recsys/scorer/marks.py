@@ -1,7 +1,7 @@
 """Marks: what is known of a user's rows beyond the item table, found by row.
 
 What follows the user's latest items, summed per row, and what must not come back.
-Shapes: B users, K latest items, M successors of each, N marks, G buckets of rows.
+Shapes: B users, K latest items, M successors of each, N marks, G buckets of rows, W words of their bits.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.compiled import compiled
-from recsys.item_table import NEXT_POWER, ItemTable
+from recsys.item_table import NEXT_POWER
 from recsys.network import TRANSITION_FLOOR
-from recsys.scorer.lanes import ROWS
+from recsys.scorer.lanes import trailing_zeros
 from recsys.scorer.retrieval import Own
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 Longs = NDArray[np.int64]
-# Buckets that rows are put into to bring them in order, at most; each holds ROWS or more.
-BUCKETS = 4096
+# Buckets that rows are put into to bring them in order, at most; a power of two of rows to each, at least so many.
+BUCKETS, LEAST_IN_BUCKET = 4096, 4
+# Buckets that a whole number of 64 bits tells the use of, as a power of two.
+WORD = 6
 # Above any row.
 END = 2**31 - 1
 
@@ -40,12 +42,14 @@ class Marks:
     because_BN: Integers
 
     @classmethod
-    def of(cls, table: ItemTable, history_BK: Longs, own: Own | None = None) -> Marks:
-        """Mark what follows the histories, latest first, and hide each user's `own` rows."""
+    def of(cls, successors: tuple[Integers, Floats], history_BK: Longs, own: Own | None = None) -> Marks:
+        """Mark what follows the histories, latest first, and hide each user's `own` rows.
+
+        `successors` are the rows (I, M) that followed each row, and how much they weigh.
+        """
         own = own or Own(np.empty(0, np.int64), np.zeros(len(history_BK), np.int64))
         rows_BN, hidden_BN, sums_2BN, because_BN = _mark(
-            table.column("successor").numpy(),
-            table.column("successor_weight").numpy(),
+            *successors,
             history_BK,
             _scales(history_BK.shape[1]),
             own.rows_H,
@@ -98,15 +102,20 @@ def _mark(
     hidden_BN, because_BN = np.zeros((users, room + 1), np.bool_), np.zeros((users, room + 1), np.int32)
     sums_2BN = np.zeros((2, users, room + 1), np.float32)
     # Of each bucket of rows one more than the number of its first mark; of each mark its row and the next one alike.
-    size = max(ROWS, -(-successor_IM.shape[0] // BUCKETS))
-    head_G, chain_N2 = np.zeros(successor_IM.shape[0] // size + 1, np.int32), np.empty((room, 2), np.int32)
+    # Shifted rather than divided: a division takes as long as all else that is done for a successor.
+    shift = LEAST_IN_BUCKET
+    while successor_IM.shape[0] >> shift >= BUCKETS:
+        shift += 1
+    head_G, chain_N2 = np.zeros((successor_IM.shape[0] >> shift) + 1, np.int32), np.empty((room, 2), np.int32)
+    # A bit for each bucket that holds anything: most hold nothing, and to ask each is a guess for the processor.
+    used_W = np.zeros((len(head_G) >> WORD) + 1, np.uint64)
     hidden_N, because_N = np.empty(room, np.bool_), np.empty(room, np.int32)
     # Both sums, and the largest part of the first.
     sums_N3 = np.empty((room, 3), np.float32)
     for user in range(users):
         count = 0
         for place in range(ends_B[user - 1] if user else 0, ends_B[user]):
-            count = _chain(head_G, size, chain_N2, own_H[place], count)
+            count = _chain(head_G, used_W, shift, chain_N2, own_H[place], count)
             hidden_N[count - 1], because_N[count - 1], sums_N3[count - 1] = True, 0, 0.0
         for place in range(reach):
             source = history_BK[user, place]
@@ -114,11 +123,11 @@ def _mark(
                 row, weight = successor_IM[source, slot], weight_IM[source, slot]
                 if not row or not weight:
                     continue
-                mark = head_G[row // size] - 1
+                mark = head_G[row >> shift] - 1
                 while mark >= 0 and chain_N2[mark, 0] != row:
                     mark = chain_N2[mark, 1] - 1
                 if mark < 0:
-                    mark, count = count, _chain(head_G, size, chain_N2, row, count)
+                    mark, count = count, _chain(head_G, used_W, shift, chain_N2, row, count)
                     hidden_N[mark], because_N[mark], sums_N3[mark] = False, 0, 0.0
                 by = weight * scale_2K[0, place]
                 sums_N3[mark, 0] += by
@@ -127,28 +136,32 @@ def _mark(
                 if by > sums_N3[mark, 2]:
                     sums_N3[mark, 2], because_N[mark] = by, source
         done = 0
-        for bucket in range(len(head_G)):
-            if not head_G[bucket]:
-                continue
-            first, mark = done, head_G[bucket] - 1
-            head_G[bucket] = 0
-            while mark >= 0:
-                row, place = chain_N2[mark, 0], done
-                while place > first and rows_BN[user, place - 1] > row:
-                    _move(rows_BN[user], hidden_BN[user], because_BN[user], sums_2BN[:, user], place)
-                    place -= 1
-                rows_BN[user, place], hidden_BN[user, place] = row, hidden_N[mark]
-                because_BN[user, place] = because_N[mark]
-                sums_2BN[0, user, place], sums_2BN[1, user, place] = sums_N3[mark, 0], sums_N3[mark, 1]
-                mark, done = chain_N2[mark, 1] - 1, done + 1
+        for word in range(len(used_W)):
+            bits, used_W[word] = used_W[word], 0
+            while bits:
+                bucket = (word << WORD) + trailing_zeros(np.int64(bits))
+                bits &= bits - np.uint64(1)
+                first, mark = done, head_G[bucket] - 1
+                head_G[bucket] = 0
+                while mark >= 0:
+                    row, place = chain_N2[mark, 0], done
+                    while place > first and rows_BN[user, place - 1] > row:
+                        _move(rows_BN[user], hidden_BN[user], because_BN[user], sums_2BN[:, user], place)
+                        place -= 1
+                    rows_BN[user, place], hidden_BN[user, place] = row, hidden_N[mark]
+                    because_BN[user, place] = because_N[mark]
+                    sums_2BN[0, user, place], sums_2BN[1, user, place] = sums_N3[mark, 0], sums_N3[mark, 1]
+                    mark, done = chain_N2[mark, 1] - 1, done + 1
     return rows_BN, hidden_BN, sums_2BN, because_BN
 
 
 @compiled
-def _chain(head_G: Integers, size: int, chain_N2: Integers, row: int, count: int) -> int:
+def _chain(head_G: Integers, used_W: NDArray[np.uint64], shift: int, chain_N2: Integers, row: int, count: int) -> int:
     """Add a mark to its bucket's chain; return how many there are."""
-    chain_N2[count, 0], chain_N2[count, 1] = row, head_G[row // size]
-    head_G[row // size] = count + 1
+    bucket = row >> shift
+    chain_N2[count, 0], chain_N2[count, 1] = row, head_G[bucket]
+    head_G[bucket] = count + 1
+    used_W[bucket >> WORD] |= np.uint64(1) << np.uint64(bucket & (1 << WORD) - 1)
     return count + 1
 
 

@@ -1,6 +1,6 @@
 """parts: what the scores of chosen pairs are made of, and which of it is the reason for an item; and their last order.
 
-Shapes as in recsys.network; K items of each user, N of them in all.
+Shapes as in recsys.network; K items of each user.
 """
 
 from __future__ import annotations
@@ -101,16 +101,17 @@ def in_final_order(
 def apart(
     weights_BP: Floats,
     states_BD: Floats,
-    vectors_BKD: Floats,
-    standing_BKS: Floats,
+    vectors_ID: Floats,
+    standing_IS: Floats,
+    rows_BK: Longs,
     lifts_BK2: Floats,
     because_BK: Longs,
     mean_vector_D: Floats,
     mean_standing_S: Floats,
 ) -> Parts:
     """Take the scores of pairs apart; what an average item has is no reason for any."""
-    users, kept, width = vectors_BKD.shape
-    standings = standing_BKS.shape[2]
+    users, kept = rows_BK.shape
+    width, standings = vectors_ID.shape[1], standing_IS.shape[1]
     network_BK, standing_BK = np.empty((users, kept), np.float32), np.empty((users, kept), np.float32)
     transitions_BK = np.empty((users, kept), np.float32)
     sources_BK, why_BK = np.empty((users, kept), np.int64), np.zeros((users, kept), np.int64)
@@ -122,11 +123,11 @@ def apart(
         for column in range(standings):
             usual_standing += weights_BP[user, 1 + column] * mean_standing_S[column]
         for place in range(kept):
-            product, stands, moves = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+            row, product, stands, moves = rows_BK[user, place], np.float32(0.0), np.float32(0.0), np.float32(0.0)
             for column in range(width):
-                product += states_BD[user, column] * vectors_BKD[user, place, column]
+                product += states_BD[user, column] * vectors_ID[row, column]
             for column in range(standings):
-                stands += weights_BP[user, 1 + column] * standing_BKS[user, place, column]
+                stands += weights_BP[user, 1 + column] * standing_IS[row, column]
             for look in range(_LIFTS):
                 moves += lifts[look] * lifts_BK2[user, place, look]
             product *= network

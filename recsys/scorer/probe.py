@@ -15,7 +15,7 @@ from recsys.compiled import compiled
 from recsys.scorer.lanes import ROWS, USERS, prefetch, trailing_zeros
 from recsys.scorer.marks import END
 from recsys.scorer.scan import NEVER, NOTHING, ROOM, limit, look
-from recsys.scorer.shortlist import AHEAD, HIDDEN, exact, gather, look_closely, make_room, put
+from recsys.scorer.shortlist import AHEAD, HIDDEN, exact, in_order, look_closely, make_room, put
 
 # Blocks after which what a row must reach is looked at again.
 STRETCH = 16
@@ -229,7 +229,7 @@ def best(
     row_P: Integers,
     next_G: Integers,
     first_L: Integers,
-) -> NDArray[np.int64]:
+) -> tuple[Floats, NDArray[np.int64]]:
     """Return what scan.best does, of the partitions that are looked at, first those with a hope of `first_B`."""
     users, partitions = hopes_BL.shape
     room = ROOM * keep + 2 * ROWS
@@ -276,5 +276,5 @@ def best(
             *(vectors_ID, standing_IS, weights_BV, lifts_BN, rough_BC, place_BC2, keys_BC),
             *(user, held_B, threshold_B, keep, error_B[user]),
         )
-    found_BC: NDArray[np.int64] = gather(keys_BC, held_B, keep)
-    return found_BC
+    chosen: tuple[Floats, NDArray[np.int64]] = in_order(keys_BC, held_B, keep)
+    return chosen

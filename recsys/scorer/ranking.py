@@ -51,13 +51,14 @@ class Ranking:
         self._on_host = table.device.type == "cpu"
         if self._on_host:
             among_C, variance = self._rates.among()
-            self._counting = among_C.numpy(), self._rates.worth_C.numpy(), float(variance)
+            counting = among_C.numpy(), self._rates.worth_C.numpy(), float(variance)
             layers_in_order = (
                 *(self._known_EC, self._known_user_CU.T, self._known_bias_C, self._user_HU.T, self._user_bias_H),
                 *(self._vector_DH, self._product_DH, self._rest_EH),
                 *(self._second.weight.T, self._second.bias, self._third.weight.T, self._third.bias),
             )
-            self._layers = tuple(each.detach().contiguous().numpy() for each in layers_in_order)
+            layers_on_host = (each.detach().contiguous().numpy() for each in layers_in_order)
+            self._host = *(each.numpy() for each in self._items), *counting, *layers_on_host
 
     def logits(self, states_BD: Tensor, context_BC: Tensor, user_BU: Tensor, rows_BK: Tensor) -> Tensor:
         """Return the logits over feedback classes: (B, K, C); `user_BU` are the network's `user_rates`."""
@@ -66,8 +67,7 @@ class Ranking:
             logits_BKC = torch.empty(*rows_BK.shape, self._known_EC.shape[1])
             _judge(
                 *(users_BU.numpy(), states_BD.shape[1], user_BU.shape[1], rows_BK.contiguous().numpy()),
-                *(each.numpy() for each in self._items),
-                *(*self._counting, *self._layers, logits_BKC.numpy()),
+                *(*self._host, logits_BKC.numpy()),
             )
             return logits_BKC
         batch, dimension = states_BD.shape

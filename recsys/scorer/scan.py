@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from recsys.compiled import compiled
 from recsys.scorer.lanes import ROWS, USERS, products_of_four, products_of_one, trailing_zeros
-from recsys.scorer.shortlist import HIDDEN, gather, look_closely, make_room, put
+from recsys.scorer.shortlist import HIDDEN, in_order, look_closely, make_room, put
 
 # Blocks that all users look at in turn while they lie in the processor's cache, with what comes of them.
 STRETCH = 128
@@ -241,8 +241,8 @@ def best(
     lifts_BN: Floats,
     hidden_I: NDArray[np.bool_],
     keep: int,
-) -> NDArray[np.int64]:
-    """Return the keys of each user's best rows and of some others, in any order, and NO_KEY beside them: (B, C)."""
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Return the scores of each user's best rows, and the rows, (B, K) each; HIDDEN and row 0 past the last."""
     users = len(weights_BV)
     together = 1 if users == 1 else USERS
     room = ROOM * keep + 2 * ROWS
@@ -271,5 +271,5 @@ def best(
                 else:
                     threshold_B[user] = np.inf
                     left -= 1
-    found_BC: NDArray[np.int64] = gather(keys_BC, count_B, keep)
-    return found_BC
+    found: tuple[Floats, NDArray[np.int64]] = in_order(keys_BC, count_B, keep)
+    return found

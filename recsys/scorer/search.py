@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.item_table import ItemTable
 from recsys.network import LIFTS
-from recsys.scorer import probe, rough, scan, shortlist
+from recsys.scorer import probe, rough, scan
 from recsys.scorer.items import Items
 from recsys.scorer.lanes import USERS
 from recsys.scorer.marks import Marks
@@ -25,20 +26,31 @@ SPREADS = 5.0
 # Rows looked at before that, for each that is kept.
 FIRST_ROWS = 16
 
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int32]
+Longs = NDArray[np.int64]
+
 
 class Search:
     """Find the best rows of a version's items for a batch of users."""
 
-    def __init__(self) -> None:
-        self._items: Items | None = None
-
     def install(self, items: Items, table: ItemTable) -> None:
         """Take the items of a version; they are looked at where they are, not copied."""
-        self._items, self._table = items, table
+        assert items.rough is not None
+        self._partitions = items.partitions
+        vectors, standing = items.rough
+        self._rows = items.vectors_ID.numpy(), items.standing_IS.numpy(), vectors.blocks_GP, standing.blocks_GP
+        self._scales = (
+            np.concatenate([vectors.centre_D, standing.centre_D]),
+            np.concatenate([vectors.scale_D, standing.scale_D]),
+            items.vectors_ID.shape[1],
+            *(tuple(getattr(each, name) for each in items.rough) for name in ("lost", "longest", "widest")),
+        )
+        self._successors = table.column("successor").numpy(), table.column("successor_weight").numpy()
 
     def look_up(self, history_BK: Tensor) -> Marks:
         """Sum what the transition memory says of histories, latest first."""
-        return Marks.of(self._table, history_BK.numpy())
+        return Marks.of(self._successors, history_BK.numpy())
 
     def find(
         self,
@@ -50,48 +62,36 @@ class Search:
         keep: int,
     ) -> Found:
         """Return what Retrieval.find does."""
-        items = self._items
-        assert items is not None
-        assert items.rough is not None
-        vectors, standing = items.rough
         users_BV = torch.cat([weights_BP[:, :1] * states_BD, weights_BP[:, 1:-LIFTS]], 1).numpy()
-        marks = Marks.of(self._table, history_BK.numpy(), own)
+        marks = Marks.of(self._successors, history_BK.numpy(), own)
         lifts_BN = marks.weighted(weights_BP[:, -LIFTS:].numpy())
-        keep = min(keep, len(items.vectors_ID))
-        scores_BK = np.empty((len(own), keep), np.float32)
-        rows_BK = np.empty((len(own), keep), np.int64)
-        for each in {id(each): each for each in hidden}.values():
-            users = np.array([place for place, other in enumerate(hidden) if other is each])
-            alike_BV = users_BV[users]
-            whole = rough.whole_weights(
-                alike_BV,
-                np.concatenate([vectors.centre_D, standing.centre_D]),
-                np.concatenate([vectors.scale_D, standing.scale_D]),
-                states_BD.shape[1],
-                (vectors.lost, standing.lost),
-                (vectors.longest, standing.longest),
-                (vectors.widest, standing.widest),
-                1 if items.partitions or len(users) == 1 else USERS,
-            )
-            looked_at = (
-                items.vectors_ID.numpy(),
-                items.standing_IS.numpy(),
-                vectors.blocks_GP,
-                standing.blocks_GP,
-                alike_BV,
-                *whole,
-                marks.rows_BN[users],
-                lifts_BN[users],
-                each.mask_I.numpy(),
-                keep,
-            )
-            if items.partitions is None:
-                keys_BC = scan.best(*looked_at)
-            else:
-                hopes_BL = items.partitions.hopes(alike_BV, SPREADS)
-                first_B = items.partitions.first(hopes_BL, FIRST_ROWS * keep)
-                places = items.partitions.places
-                where = places.partition_I, places.row_P, places.next_G, places.first_L
-                keys_BC = probe.best(*looked_at, hopes_BL, first_B, *where)
-            scores_BK[users], rows_BK[users] = shortlist.in_order(keys_BC, keep)
+        keep = min(keep, len(self._rows[0]))
+        alike = list({id(each): each for each in hidden}.values())
+        if len(alike) == 1:
+            scores_BK, rows_BK = self._best(users_BV, marks.rows_BN, lifts_BN, alike[0], keep)
+        else:
+            scores_BK, rows_BK = np.empty((len(own), keep), np.float32), np.empty((len(own), keep), np.int64)
+            for each in alike:
+                users = np.array([place for place, other in enumerate(hidden) if other is each])
+                of_users = users_BV[users], marks.rows_BN[users], lifts_BN[users]
+                scores_BK[users], rows_BK[users] = self._best(*of_users, each, keep)
         return Found(torch.from_numpy(scores_BK), torch.from_numpy(rows_BK), marks)
+
+    def _best(
+        self, users_BV: Floats, marks_BN: Integers, lifts_BN: Floats, hidden: Hidden, keep: int
+    ) -> tuple[Floats, Longs]:
+        """Find the best rows of users from whom the same rows are hidden."""
+        partitions = self._partitions
+        together = 1 if partitions or len(users_BV) == 1 else USERS
+        whole = rough.whole_weights(users_BV, *self._scales, together)
+        looked_at = *self._rows, users_BV, *whole, marks_BN, lifts_BN, hidden.mask_I.numpy(), keep
+        found: tuple[Floats, Longs]
+        if partitions is None:
+            found = scan.best(*looked_at)
+            return found
+        hopes_BL = partitions.hopes(users_BV, SPREADS)
+        first_B = partitions.first(hopes_BL, FIRST_ROWS * keep)
+        places = partitions.places
+        where = places.partition_I, places.row_P, places.next_G, places.first_L
+        found = probe.best(*looked_at, hopes_BL, first_B, *where)
+        return found

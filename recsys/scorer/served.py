@@ -172,10 +172,14 @@ class Served:
 
     def _apart(self, users: _Users, rows_BK: Tensor, known: Known) -> Parts:
         lifts_BK2, because_BK = known.at(rows_BK)
+        items, places_BK = (self._vectors_ID, self._standing_IS), rows_BK
+        if self._device.type != "cpu":
+            # The few rows that are looked at, rather than all, leave the GPU.
+            flat = rows_BK.view(-1)
+            items = self._vectors_ID[flat], self._standing_IS[flat]
+            places_BK = torch.arange(len(flat)).view(rows_BK.shape)
         parts: Parts = apart(
-            *(_host(users.weights_BP), _host(users.states_BD)),
-            *(_host(self._vectors_ID[rows_BK]), _host(self._standing_IS[rows_BK])),
-            *(_host(lifts_BK2), _host(because_BK), *self._means),
+            *map(_host, (users.weights_BP, users.states_BD, *items, places_BK, lifts_BK2, because_BK)), *self._means
         )
         return parts
 

@@ -130,17 +130,6 @@ def look_closely(
     return held, needed if held >= keep else -np.inf
 
 
-def in_order(keys_BC: NDArray[np.int64], keep: int) -> tuple[Floats, NDArray[np.int64]]:
-    """Return the scores and rows of the `keep` smallest keys, (B, K) each; HIDDEN and row 0 where there are no more."""
-    keys_BK = np.sort(keys_BC, axis=1)[:, :keep]
-    ordered_BK = (-(keys_BK >> 32)).astype(np.int32)
-    negative_BK = ordered_BK < 0
-    bits_BK = np.where(negative_BK, -ordered_BK | np.int32(SIGN), ordered_BK)
-    none_BK = keys_BK == NO_KEY
-    scores_BK = np.where(none_BK, np.float32(HIDDEN), bits_BK.view(np.float32))
-    return scores_BK, np.where(none_BK, 0, keys_BK & 0xFFFFFFFF)
-
-
 @compiled
 def make_room(
     vectors_ID: Floats,
@@ -198,13 +187,22 @@ def put(
 
 
 @compiled
-def gather(keys_BC: NDArray[np.int64], count_B: NDArray[np.int64], keep: int) -> NDArray[np.int64]:
-    """Return so many keys of each user, NO_KEY beside them, at least `keep` for each."""
-    most = keep
-    for user in range(len(count_B)):
-        most = max(most, count_B[user])
-    found_BC = np.empty((len(count_B), most), np.int64)
-    for user in range(len(count_B)):
-        for place in range(most):
-            found_BC[user, place] = keys_BC[user, place] if place < count_B[user] else NO_KEY
-    return found_BC
+def in_order(keys_BC: NDArray[np.int64], count_B: NDArray[np.int64], keep: int) -> tuple[Floats, NDArray[np.int64]]:
+    """Return the scores and rows of each user's `keep` smallest keys, (B, K) each; HIDDEN and row 0 past the last.
+
+    The first `count_B` of a user's keys are looked at, and left in another order.
+    """
+    users = len(count_B)
+    scores_BK, rows_BK = np.full((users, keep), np.float32(HIDDEN)), np.zeros((users, keep), np.int64)
+    for user in range(users):
+        keys_N, count = keys_BC[user], count_B[user]
+        if count > keep:
+            _smallest(keys_N, count, keep - 1)
+            count = keep
+        ordered_K = np.sort(keys_N[:count])
+        for place in range(count):
+            key = ordered_K[place]
+            ordered = -(key >> 32)
+            bits = ordered if ordered >= 0 else -ordered | SIGN
+            scores_BK[user, place], rows_BK[user, place] = np.int32(bits).view(np.float32), key & 0xFFFFFFFF
+    return scores_BK, rows_BK
