@@ -10,7 +10,7 @@ import redis
 from google.protobuf.message import DecodeError
 
 from recsys.settings import Settings
-from recsys.store.connection import store_errors
+from recsys.store.connection import ReadingScript, store_errors
 from recsys.store.durability import Durability
 from recsys.store.v1.log_pb2 import History, HistoryEntry
 
@@ -56,7 +56,7 @@ class Histories:
         self._settings = settings
         self._durability = Durability(client, settings)
         self._forget = client.register_script(FORGET)
-        self._read = client.register_script(READ)
+        self._read = ReadingScript(client, READ)
 
     def read(self, user_ids: Sequence[str]) -> list[list[HistoryEntry]]:
         """Read everything kept of each user, oldest first, in one round trip; unknown users have nothing."""

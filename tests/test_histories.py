@@ -8,7 +8,8 @@ from recsys.feedback import Feedback
 from recsys.feedback_log import BEGINNING, FeedbackLog
 from recsys.histories import Histories
 from recsys.settings import Settings
-from recsys.store.v1.log_pb2 import HistoryEntry
+from recsys.store.connection import connect
+from recsys.store.v1.log_pb2 import History, HistoryEntry
 
 
 def test_everything_kept_comes_back_oldest_first(store: redis.Redis, settings: Settings) -> None:
@@ -57,3 +58,15 @@ def test_a_user_can_be_forgotten(store: redis.Redis, settings: Settings) -> None
     record = log.read_after(BEGINNING, 10)[-1].record
     assert record is not None
     assert list(record.history) == []
+
+
+def test_a_connection_that_the_store_has_closed_is_replaced(store: redis.Redis, settings: Settings) -> None:
+    FeedbackLog(store, settings).append([Feedback("u", "a", "click")])
+    with connect(settings) as own:
+        histories = Histories(own, settings)
+        (before,) = histories.read_serialized(["u"])
+        assert [each.item_id for each in History.FromString(before).history] == ["a"]
+        # All but the one that says so; and what the store knows of scripts goes as it does when it starts again.
+        assert store.client_kill_filter(_type="normal", skipme=True)
+        store.script_flush()
+        assert histories.read_serialized(["u", "nobody"]) == [before, b""]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,54 @@ def connect(settings: Settings) -> redis.Redis:
         }
     )
     return redis.Redis.from_pool(pool)
+
+
+class ReadingScript:
+    """Run a script that only reads over a connection of its own; for any threads, one at a time.
+
+    To take a connection from the library's pool and to give it back costs more than a short script does. A connection
+    that the store closed while nobody used it is replaced, and the script sent again: reading twice does no harm.
+    """
+
+    def __init__(self, client: redis.Redis, script: str) -> None:
+        self._pool: Any = client.connection_pool
+        self._script = script.encode()
+        self._name = hashlib.sha1(self._script, usedforsecurity=False).hexdigest()
+        self._lock = threading.Lock()
+        self._connection: Any = None
+
+    def __call__(self, keys: Sequence[str]) -> Any:
+        """Return what the script does.
+
+        Raises:
+            redis.RedisError: as commands of the library do.
+        """
+        with self._lock:
+            kept = self._connection is not None
+            try:
+                return self._run(keys)
+            except redis.exceptions.ConnectionError:
+                if not kept:
+                    raise
+                return self._run(keys)
+
+    def _run(self, keys: Sequence[str]) -> Any:
+        connection = self._connection = self._connection or self._pool.get_connection()
+        try:
+            try:
+                connection.send_command("EVALSHA", self._name, len(keys), *keys)
+                return connection.read_response()
+            except redis.exceptions.NoScriptError:
+                connection.send_command("EVAL", self._script, len(keys), *keys)
+                return connection.read_response()
+        except redis.exceptions.ResponseError:
+            raise
+        except BaseException:
+            # What of it was answered is not known.
+            self._connection = None
+            connection.disconnect()
+            self._pool.release(connection)
+            raise
 
 
 class PasswordFile(CredentialProvider):
