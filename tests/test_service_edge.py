@@ -244,15 +244,30 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(settings: Setti
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such policy")
-def test_what_brings_calls_does_not_interrupt_what_scores(running: Running, transport: str) -> None:
+def test_what_comes_does_not_interrupt_a_batch_but_is_brought_at_once_otherwise(
+    settings: Settings, transport: str
+) -> None:
     if transport == "grpcio":
         pytest.skip("the library's threads begin with the library")
-    threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
-    names = {thread: Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in threads}
-    bringing = [thread for thread, name in names.items() if name.startswith("grpc-native")]
-    assert bringing
-    assert {os.sched_getscheduler(thread) for thread in bringing} == {os.SCHED_BATCH}
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+    def bringing() -> set[int]:
+        names = {int(path.name): (path / "comm").read_text() for path in Path("/proc/self/task").iterdir()}
+        return {thread for thread, name in names.items() if name.startswith("grpc-native")}
+
+    others = bringing()
+    with serve(settings) as running:
+
+        def policies() -> set[int]:
+            return {os.sched_getscheduler(thread) for thread in bringing() - others}
+
+        until(lambda: policies() == {os.SCHED_OTHER})
+        running.scorer.gate.clear()
+        answer = recommender(running).Recommend.future(Request(user_id="u"), timeout=SECONDS)
+        assert running.scorer.entered.acquire(timeout=SECONDS)
+        until(lambda: policies() == {os.SCHED_BATCH})
+        running.scorer.gate.set()
+        answer.result(SECONDS)
+        until(lambda: policies() == {os.SCHED_OTHER})
 
 
 def test_calls_go_without_the_garbage_collector(running: Running, transport: str) -> None:

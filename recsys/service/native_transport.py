@@ -14,8 +14,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,19 +68,20 @@ class NativeTransport:
         self._max_message_bytes = settings.max_message_bytes
         self._paths = list(edge.methods)
         try:
-            with _threads_that_interrupt_nobody():
-                self._front = NativeGrpcFront(
-                    address,
-                    [(path, False) for path in self._paths],
-                    io_threads=IO_THREADS,
-                    call_details=True,
-                    keepalive_time_ms=KEEPALIVE_SECONDS * 1000,
-                    keepalive_timeout_ms=KEEPALIVE_TIMEOUT_SECONDS * 1000,
-                    keepalive_permit_without_calls=False,
-                    max_concurrent_streams=settings.max_concurrent_streams,
-                    max_metadata_size=settings.max_metadata_bytes,
-                    reuse_port=share_port,
-                )
+            others = _threads()
+            self._front = NativeGrpcFront(
+                address,
+                [(path, False) for path in self._paths],
+                io_threads=IO_THREADS,
+                call_details=True,
+                keepalive_time_ms=KEEPALIVE_SECONDS * 1000,
+                keepalive_timeout_ms=KEEPALIVE_TIMEOUT_SECONDS * 1000,
+                keepalive_permit_without_calls=False,
+                max_concurrent_streams=settings.max_concurrent_streams,
+                max_metadata_size=settings.max_metadata_bytes,
+                reuse_port=share_port,
+            )
+            self._io_threads = _threads() - others
         except OSError as error:
             raise taken(address) from error
         self.port = self._front.bound_port
@@ -135,7 +136,9 @@ class NativeTransport:
         Returns the seconds that this took, the waiting apart; None when no more calls will come.
         """
         with self._receiving:
+            self._let_packets_interrupt(True)
             events = self._front.recv_batch_details(EVENTS_AT_ONCE, round(patience() * 1000))
+            self._let_packets_interrupt(False)
             started = time.perf_counter()
             while events is not None:
                 for kind, call_id, method, payload, _, details in events:
@@ -148,6 +151,17 @@ class NativeTransport:
                     return time.perf_counter() - started
                 events = self._front.recv_batch_details(EVENTS_AT_ONCE, 0)
             return None
+
+    def _let_packets_interrupt(self, may: bool) -> None:
+        """Let packets interrupt whoever has the core that brings them, or wait until it is free or has had its turn.
+
+        Who waits for a call wants it at once. What comes while a batch is scored can only wait for its end: many calls
+        at a time then cost less than each by itself, and the answers of a batch leave together.
+        """
+        for thread in self._io_threads:
+            # Of a transport that was closed the thread has ended; some sandboxes do not allow it.
+            with suppress(OSError):
+                os.sched_setscheduler(thread, os.SCHED_OTHER if may else os.SCHED_BATCH, os.sched_param(0))
 
     def _cancel(self, call_id: int) -> None:
         call = self._calls.get(call_id)
@@ -182,22 +196,11 @@ class NativeTransport:
             self._idle.set()
 
 
-@contextmanager
-def _threads_that_interrupt_nobody() -> Iterator[None]:
-    """Let threads that are started meanwhile wait for a core that is free, or until its thread has had its turn.
-
-    They inherit it from the thread that starts them. Where they share a core with the thread that scores, each packet
-    would otherwise interrupt it: what comes can only wait for its batch to end, and many calls at a time cost less
-    than each by itself. Where the system has no such thing, or does not allow it, nothing is changed.
-    """
+def _threads() -> set[int]:
+    """Return the ids of this process's threads; none where the system does not tell or has no use for them."""
+    if not hasattr(os, "SCHED_BATCH"):
+        return set()
     try:
-        before = os.sched_getscheduler(0)
-        parameters = os.sched_getparam(0)
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    except (AttributeError, OSError):
-        yield
-        return
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, before, parameters)
+        return {int(each) for each in os.listdir("/proc/self/task")}
+    except OSError:
+        return set()
