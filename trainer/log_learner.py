@@ -231,9 +231,9 @@ class LogLearner:
         return {**self.learner.drift.scores(), **moved, DETECTED: float(bool(found)), **found}
 
     def _trust(self) -> dict[str, float]:
-        """Return whether accounts are under attack, as a version's metrics have it."""
-        trust = self.learner.trust
-        return {UNDER_ATTACK: float(trust.attacked), DISTRUSTED_ACCOUNTS: float(trust.distrusted)}
+        """Return whether there is an attack, as a version's metrics have it."""
+        accounts = self.learner.distrusted
+        return {UNDER_ATTACK: float(accounts is not None), DISTRUSTED_ACCOUNTS: float(accounts or 0)}
 
     def spoiled_lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that stands in place of what was spoiled: the content of `head`, behind the feedback."""
