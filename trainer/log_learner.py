@@ -141,8 +141,9 @@ class LogLearner:
         self.drifted: set[str] = set()
         self._movement: dict[str, float] = {}
         self.read_position = self._position = head.position
-        # Whether nothing was learned since the version before, and whether anything beside feedback changed it.
-        self._fresh, self._heeded = True, False
+        # Whether nothing was learned since the version before, whether anything beside feedback changed it, and whether
+        # an account was let go of.
+        self._fresh, self._heeded, self._let_gone = True, False, False
         # Feedback read and not yet learned.
         self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
         self.batches = self.consumed = 0
@@ -202,7 +203,9 @@ class LogLearner:
             return Outcome.COMPLETE
         self.objections.append(objection)
         self.batches, self._heeded = 0, False
-        return Outcome.SPOILED if len(self.objections) >= self._settings.gate_holds else Outcome.HELD
+        # Who asked to be forgotten does not wait for feedback by which what is held may turn out well.
+        spoiled = self._let_gone or len(self.objections) >= self._settings.gate_holds
+        return Outcome.SPOILED if spoiled else Outcome.HELD
 
     def lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that is complete."""
@@ -285,7 +288,8 @@ class LogLearner:
     def _let_go(self) -> None:
         """Forget accounts that people asked to be forgotten."""
         for place in self._forgotten:
-            self._heeded |= self.learner.trust.forget(place)
+            if self.learner.trust.forget(place):
+                self._let_gone = self._heeded = True
         self._forgotten = []
 
     def _event(self, record: FeedbackRecord) -> Event:
