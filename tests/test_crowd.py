@@ -7,7 +7,7 @@ import pytest
 from learning import CPU, START_MS, append, fork, head, learn_all, small, trainer, versions
 from prometheus_client import CollectorRegistry
 
-from recsys.condition import DISTRUSTED_ACCOUNTS, UNDER_ATTACK
+from recsys.condition import DISTRUSTED_ACCOUNTS, PUSHED_ITEMS, UNDER_ATTACK
 from recsys.errors import CorruptWeights
 from recsys.feedback import Feedback
 from recsys.settings import Settings
@@ -216,6 +216,7 @@ def test_the_trainer_counts_nothing_of_a_crowd_and_everything_otherwise(
     assert record is not None
     assert record.metrics[UNDER_ATTACK] == registry.get_sample_value("recsys_under_attack") == attack
     assert record.metrics[DISTRUSTED_ACCOUNTS] == registry.get_sample_value("recsys_accounts_distrusted")
+    assert record.metrics[PUSHED_ITEMS] == 2 * attack
     told = [each.getMessage() for each in caplog.records if "under attack" in each.getMessage()]
     if attack:
         assert accounts is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recsys.accounts import account
-from recsys.condition import DISTRUSTED_ACCOUNTS, UNDER_ATTACK
+from recsys.condition import DISTRUSTED_ACCOUNTS, PUSHED_ITEMS, UNDER_ATTACK
 from recsys.encoding import row_history, to_tensor
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
 from recsys.item_table import PADDING_ROW
@@ -235,8 +235,9 @@ class LogLearner:
 
     def _trust(self) -> dict[str, float]:
         """Return whether there is an attack, as a version's metrics have it."""
-        accounts = self.learner.distrusted
-        return {UNDER_ATTACK: float(accounts is not None), DISTRUSTED_ACCOUNTS: float(accounts or 0)}
+        accounts, pushed = self.learner.distrusted, float(len(self.learner.crowd.pushed))
+        attacked = float(accounts is not None)
+        return {UNDER_ATTACK: attacked, DISTRUSTED_ACCOUNTS: float(accounts or 0), PUSHED_ITEMS: pushed}
 
     def spoiled_lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that stands in place of what was spoiled: the content of `head`, behind the feedback."""
