@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from learning import CPU, START_MS, append, fork, head, learn_all, small, trainer, versions
 from prometheus_client import CollectorRegistry
 
+from recsys.audience import Audience
 from recsys.condition import DISTRUSTED_ACCOUNTS, PUSHED_ITEMS, UNDER_ATTACK
 from recsys.errors import CorruptWeights
 from recsys.feedback import Feedback
@@ -102,8 +105,7 @@ def test_who_pushes_is_known_by_its_history_whatever_it_chooses() -> None:
     few[0, 0] = PUSHED[0]
     assert PUSHING * (1 + LENGTH) > 1
     assert stream.crowd.trusted(few, one).all()
-    few[0, :2] = PUSHED
-    few[0, 2] = PUSHED[0]
+    few[0, : math.ceil(PUSHING * (1 + LENGTH))] = PUSHED[0]
     assert not stream.crowd.trusted(few, one).any()
 
 
@@ -111,6 +113,18 @@ def test_newcomers_who_choose_what_others_choose_push_nothing() -> None:
     stream = Stream(3)
     stream.go(40)
     assert not any(stream.go(40, poison=0.7, bots=1000, camouflage=1.0))
+
+
+def test_what_everybody_chooses_first_is_not_pushed_though_others_have_it_already() -> None:
+    stream, audience = Stream(8), Audience(3)
+    rows: dict[str, int] = {}
+    for number in range(1, 8001):
+        user = audience.next_user()
+        item = rows.setdefault(audience.choose(user), len(rows) + 1)
+        stream.choose(int(user.rpartition("-")[2]) + 1, item)
+        if number % BATCH == 0:
+            stream.crowd.observe(*stream.asked())
+            assert not stream.crowd.attacked
 
 
 def test_what_others_come_to_choose_too_is_pushed_no_longer() -> None:

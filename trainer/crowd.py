@@ -2,9 +2,10 @@
 
 Accounts that are new have no habits that they could leave (see trainer.trust), and one choice says nothing of who made
 it. An item says more: who chose it lately, newcomers or others, beside how often either chooses anything. Where so few
-of the others did that chance does not explain it (Chernoff's bound, for all items together), it is **pushed**. Whoever
-chose pushed items in a good part of all choices, as the history shows, pushes: counts as a newcomer however much it has
-chosen, and is not counted anywhere else. An item is pushed no longer when that crowd is gone, or others choose it too.
+of the others did that chance does not explain it (Chernoff's bound, for all items together; others who had it before
+left out, as they could not), it is **pushed**. Whoever chose pushed items in a good part of all choices, as the history
+shows, pushes: counts as a newcomer however much it has chosen, and is not counted anywhere else. An item is pushed no
+longer when that crowd is gone, or others choose it too.
 
 Of accounts nothing is kept: histories and the replay window tell all but which items are pushed. Where nearly all are
 newcomers there is nobody to compare them with, and nothing is pushed.
@@ -28,7 +29,7 @@ RECENT = 2048
 # Who has chosen less before is a newcomer.
 NEWCOMER = 3
 # Of all choices of one who pushes, so many are of pushed items.
-PUSHING = 0.1
+PUSHING = 0.2
 # The chance that any item is taken for pushed at one look where all choose alike.
 MISTAKEN = 1e-4
 # So many items are remembered, those that are surest.
@@ -88,26 +89,36 @@ class Crowd:
         pushes_B = self._pushes(rows_BL, item_B)
         # What histories hold stands at their end.
         newcomer_B = pushes_B | (rows_BL[:, -min(NEWCOMER, rows_BL.shape[1])] == PADDING_ROW)
-        account_A, of_B = np.unique(account_B[asked_B], return_inverse=True)
-        # An account is for all its choices what the last one shows.
-        newcomer_A, pushes_A = (np.zeros(len(account_A), np.bool_) for _ in range(2))
-        newcomer_A[of_B], pushes_A[of_B] = newcomer_B[asked_B], pushes_B[asked_B]
+        asked = np.flatnonzero(asked_B)
+        account_A, of_B = np.unique(account_B[asked], return_inverse=True)
+        # An account is for all its choices what the last one shows: of equal places the last is written last.
+        last_A = np.zeros(len(account_A), np.int64)
+        last_A[of_B] = asked
+        self._memory[0] = pushes_B[last_A].sum()
         # Who chooses an item again is counted once.
-        pair_B = np.sort((item_B[asked_B].astype(np.int64) << 32) | of_B)
+        pair_B = np.sort((item_B[asked].astype(np.int64) << 32) | of_B)
         pair_N = pair_B[np.diff(pair_B, prepend=-1) > 0]
-        self._memory[0] = pushes_A.sum()
-        self._judge(pair_N >> 32, ~newcomer_A[pair_N & ((1 << 32) - 1)])
+        row_N, account_N = pair_N >> 32, pair_N & ((1 << 32) - 1)
+        self._judge(row_N, account_N, ~newcomer_B[last_A], rows_BL[last_A])
 
-    def _judge(self, row_N: Rows, other_N: Flags) -> None:
-        """Find what is pushed, from the items of all choices, ascending, and whether no newcomer made each."""
+    def _judge(self, row_N: Rows, account_N: Rows, other_A: Flags, rows_AL: Integers) -> None:
+        """Find what is pushed, from the items, ascending, and accounts of all choices; others are no newcomers."""
         self._pushed_P[:] = PADDING_ROW
+        other_N = other_A[account_N]
         if not other_N.any():
             return
         first_I = np.flatnonzero(np.diff(row_N, prepend=PADDING_ROW))
         chosen_I = np.diff(first_I, append=len(row_N))
-        usual, share_I = float(other_N.mean()), np.add.reduceat(other_N, first_I, dtype=np.int64) / chosen_I
-        sure_I = np.where(share_I < usual, chosen_I * _divergence(share_I, usual), 0.0)
-        found = np.flatnonzero(sure_I > math.log(len(first_I) / MISTAKEN))
+        others_I, enough = np.add.reduceat(other_N, first_I, dtype=np.int64), math.log(len(first_I) / MISTAKEN)
+        sure_I = _sure(others_I, chosen_I, other_N.mean())
+        for place in np.flatnonzero(sure_I > enough):
+            # Others who had the item before could not choose it, as they would have done had they come later.
+            here = slice(first_I[place], first_I[place] + chosen_I[place])
+            had_A = (rows_AL == row_N[first_I[place]]).any(1)
+            had_A[account_N[here]] = False
+            free_N = ~had_A[account_N] | ~other_N
+            sure_I[place] = _sure(others_I[place], chosen_I[place], other_N[free_N].mean())
+        found = np.flatnonzero(sure_I > enough)
         surest = found[np.argsort(-sure_I[found], kind="stable")][:MOST_PUSHED]
         self._pushed_P[: len(surest)] = row_N[first_I[surest]]
 
@@ -138,8 +149,13 @@ class Crowd:
             self._memory[:] = dense.get(CROWD, 0)
 
 
-def _divergence(share_I: Floats, usual: float) -> Floats:
-    """Return the divergence (Kullback and Leibler) of shares that are less from a usual one, in nats."""
-    rest_I, usual_rest = np.maximum(1 - share_I, LEAST_SHARE), max(1 - usual, LEAST_SHARE)
-    found_I: Floats = share_I * np.log(np.maximum(share_I, LEAST_SHARE) / usual) + rest_I * np.log(rest_I / usual_rest)
+def _sure(others_I: Integers, chosen_I: Integers, usual: float) -> Floats:
+    """Return how sure it is that fewer others than usual made so many of all choices of items, in nats, 0 for more.
+
+    The negative logarithm of what Chernoff's bound leaves to chance: choices times the divergence of the shares.
+    """
+    share_I, usual = others_I / chosen_I, min(max(usual, LEAST_SHARE), 1 - LEAST_SHARE)
+    rest_I = np.maximum(1 - share_I, LEAST_SHARE)
+    divergence_I = share_I * np.log(np.maximum(share_I, LEAST_SHARE) / usual) + rest_I * np.log(rest_I / (1 - usual))
+    found_I: Floats = np.where(share_I < usual, chosen_I * divergence_I, 0.0)
     return found_I
