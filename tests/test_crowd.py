@@ -9,7 +9,6 @@ import pytest
 from learning import CPU, START_MS, append, fork, head, learn_all, small, trainer, versions
 from prometheus_client import CollectorRegistry
 
-from recsys.audience import Audience
 from recsys.condition import DISTRUSTED_ACCOUNTS, PUSHED_ITEMS, UNDER_ATTACK
 from recsys.errors import CorruptWeights
 from recsys.feedback import Feedback
@@ -29,8 +28,8 @@ BOT = 1000
 class Stream:
     """A made-up stream: users choose any item, bots two items and now and then another; one Crowd looks at it."""
 
-    def __init__(self, seed: int = 1) -> None:
-        self.crowd, self.random = Crowd(), np.random.default_rng(seed)
+    def __init__(self, seed: int = 1, users: int = USERS) -> None:
+        self.crowd, self.random, self.users = Crowd(), np.random.default_rng(seed), users
         self.histories: dict[int, list[int]] = {}
         self.choices: list[tuple[list[int], int, int]] = []
 
@@ -44,7 +43,7 @@ class Stream:
                     account = BOT + int(self.random.integers(bots))
                     self.choose(account, self.any() if disguised else int(self.random.choice(PUSHED)))
                 else:
-                    self.choose(int(self.random.integers(1, USERS)), self.any())
+                    self.choose(int(self.random.integers(1, self.users)), self.any())
             self.crowd.observe(*self.asked())
             found.append(self.crowd.attacked)
         return found
@@ -115,16 +114,18 @@ def test_newcomers_who_choose_what_others_choose_push_nothing() -> None:
     assert not any(stream.go(40, poison=0.7, bots=1000, camouflage=1.0))
 
 
-def test_what_everybody_chooses_first_is_not_pushed_though_others_have_it_already() -> None:
-    stream, audience = Stream(8), Audience(3)
-    rows: dict[str, int] = {}
-    for number in range(1, 8001):
-        user = audience.next_user()
-        item = rows.setdefault(audience.choose(user), len(rows) + 1)
-        stream.choose(int(user.rpartition("-")[2]) + 1, item)
-        if number % BATCH == 0:
-            stream.crowd.observe(*stream.asked())
-            assert not stream.crowd.attacked
+@pytest.mark.parametrize("item", [7, PUSHED[0]])
+def test_what_others_have_already_is_not_pushed_by_those_who_come_later(item: int) -> None:
+    stream = Stream(8, users=200)
+    for account in range(1, 200):
+        stream.choose(account, 7)
+    # So that all had it before what is looked at, and none has forgotten it.
+    stream.go(1 + RECENT // BATCH)
+    for account in range(BOT, BOT + 40):
+        stream.choose(account, item)
+        stream.choose(account, stream.any())
+    stream.crowd.observe(*stream.asked())
+    assert stream.crowd.attacked == (item != 7)
 
 
 def test_what_others_come_to_choose_too_is_pushed_no_longer() -> None:

@@ -91,18 +91,22 @@ class Crowd:
         newcomer_B = pushes_B | (rows_BL[:, -min(NEWCOMER, rows_BL.shape[1])] == PADDING_ROW)
         asked = np.flatnonzero(asked_B)
         account_A, of_B = np.unique(account_B[asked], return_inverse=True)
-        # An account is for all its choices what the last one shows: of equal places the last is written last.
-        last_A = np.zeros(len(account_A), np.int64)
-        last_A[of_B] = asked
+        first_A, last_A = (np.zeros(len(account_A), np.int64) for _ in range(2))
+        # Of equal places the last is written last.
+        first_A[of_B[::-1]], last_A[of_B] = asked[::-1], asked
         self._memory[0] = pushes_B[last_A].sum()
         # Who chooses an item again is counted once.
         pair_B = np.sort((item_B[asked].astype(np.int64) << 32) | of_B)
         pair_N = pair_B[np.diff(pair_B, prepend=-1) > 0]
         row_N, account_N = pair_N >> 32, pair_N & ((1 << 32) - 1)
-        self._judge(row_N, account_N, ~newcomer_B[last_A], rows_BL[last_A])
+        # An account is for all its choices what the last one shows.
+        self._judge(row_N, account_N, ~newcomer_B[last_A], rows_BL[first_A])
 
-    def _judge(self, row_N: Rows, account_N: Rows, other_A: Flags, rows_AL: Integers) -> None:
-        """Find what is pushed, from the items, ascending, and accounts of all choices; others are no newcomers."""
+    def _judge(self, row_N: Rows, account_N: Rows, other_A: Flags, before_AL: Integers) -> None:
+        """Find what is pushed, from the items, ascending, and accounts of all choices.
+
+        Of the accounts, who is other than a newcomer, and their histories before the first of these choices.
+        """
         self._pushed_P[:] = PADDING_ROW
         other_N = other_A[account_N]
         if not other_N.any():
@@ -112,12 +116,11 @@ class Crowd:
         others_I, enough = np.add.reduceat(other_N, first_I, dtype=np.int64), math.log(len(first_I) / MISTAKEN)
         sure_I = _sure(others_I, chosen_I, other_N.mean())
         for place in np.flatnonzero(sure_I > enough):
-            # Others who had the item before could not choose it, as they would have done had they come later.
-            here = slice(first_I[place], first_I[place] + chosen_I[place])
-            had_A = (rows_AL == row_N[first_I[place]]).any(1)
-            had_A[account_N[here]] = False
-            free_N = ~had_A[account_N] | ~other_N
-            sure_I[place] = _sure(others_I[place], chosen_I[place], other_N[free_N].mean())
+            # Others who had the item before are left out: they would have chosen it had they come later.
+            row = row_N[first_I[place]]
+            asked_N = ~other_N | ~(before_AL == row).any(1)[account_N]
+            other_M, chose_M = other_N[asked_N], row_N[asked_N] == row
+            sure_I[place] = _sure((other_M & chose_M).sum(), chose_M.sum(), other_M.mean())
         found = np.flatnonzero(sure_I > enough)
         surest = found[np.argsort(-sure_I[found], kind="stable")][:MOST_PUSHED]
         self._pushed_P[: len(surest)] = row_N[first_I[surest]]
