@@ -32,7 +32,7 @@ DRIFTING = re.compile(r"drift(?:_(\w+?))?_(?:detected|on|active)")
 # The kinds of versions, as in the messages of ModelService.
 LEARNED, ROLLBACK, REPAIR = "learned", "rollback", "repair"
 ACCURACY, BESIDE = "hr_at_10", "popularity_hr_at_10"
-UNDER_ATTACK, DISTRUSTED_ACCOUNTS = "under_attack", "distrusted_accounts"
+UNDER_ATTACK, DISTRUSTED_ACCOUNTS, PUSHED_ITEMS = "under_attack", "distrusted_accounts", "pushed_items"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +167,17 @@ def _good(facts: Facts) -> Iterator[Finding]:
             "If a release or an import caused it, correct that first.",
             "recsys versions show VERSION",
         )
-    if facts.metrics.get(UNDER_ATTACK):
-        accounts = f"{facts.metrics.get(DISTRUSTED_ACCOUNTS, 0):,.0f} accounts"
+    accounts, pushed = (facts.metrics.get(name, 0) for name in (DISTRUSTED_ACCOUNTS, PUSHED_ITEMS))
+    if facts.metrics.get(UNDER_ATTACK) and pushed:
         yield Finding(
-            *("good", "warning", f"under attack: {accounts} behave as if taken over"),
+            *("good", "warning", f"under attack: {accounts:,.0f} accounts push {pushed:,.0f} items"),
+            "New accounts choose items that hardly anybody else does, and are not counted as long as that lasts. The "
+            "trainer's log names the items. Find who makes these accounts, or which campaign sends newcomers there.",
+            "recsys versions show VERSION",
+        )
+    elif facts.metrics.get(UNDER_ATTACK):
+        yield Finding(
+            *("good", "warning", f"under attack: {accounts:,.0f} accounts behave as if taken over"),
             "What they choose no longer has to do with their histories, and is not counted as long as that lasts. Find "
             "where it comes from: stolen passwords, a client that mixes up user ids, or a release that changed what "
             "many are shown.",

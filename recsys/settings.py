@@ -301,7 +301,8 @@ class Settings(BaseModel):
     trust: bool = Field(
         True,
         description="when many accounts at once choose what their histories no longer explain, as if they were taken "
-        "over, count nothing that these choose, as long as it lasts",
+        "over, or newcomers push items that hardly anybody else chooses, count nothing that these choose, as long as "
+        "it lasts",
     )
 
     # What may be published

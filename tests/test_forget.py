@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+import torch
 from calls import SECONDS, violations
 from learning import CPU, append, fork, head, learn_all, make_feedback, small, tick, trainer, versions
 from serving import Running, serve
@@ -247,6 +248,28 @@ def test_what_is_kept_by_account_is_let_go_of(settings: Settings, store: redis.R
     (delta,) = WeightStore(store, base).read_after(last, trainer=True)
     assert delta.trainer_payload is not None
     assert known(delta.trainer_payload.dense[ACCOUNTS]) == before - {account(USER)}
+
+
+def test_what_is_held_lets_go_of_an_account_at_once(settings: Settings, store: redis.Redis) -> None:
+    base = small(settings)
+    with trainer(base) as daemon:
+        daemon.start()
+        last = learn(daemon, mixed(16))
+        with torch.no_grad():
+            daemon.learner.network.position.mul_(1e6)
+        assert learn(daemon, make_feedback(3, 1, first=30)) == last, "held"
+        Forgetting(store, base).forget(USER, position(daemon))
+        # Without any more feedback: what was held is set aside, then the account leaves.
+        assert learn(daemon, []) == last + 1
+        assert Quarantine(store, base).cases()[0].feedback == 3
+        assert learn(daemon, []) == last + 2
+        accounts = known(daemon.learner.trust.write()[ACCOUNTS])
+        assert accounts
+        assert account(USER) not in accounts
+        assert learn(daemon, []) == last + 2, "nothing is left to be done"
+    (delta,) = WeightStore(store, base).read_after(last + 1, trainer=True)
+    assert delta.trainer_payload is not None
+    assert known(delta.trainer_payload.dense[ACCOUNTS]) == accounts
 
 
 def test_an_account_whose_choices_still_wait_to_be_learned_does_not_come_back(

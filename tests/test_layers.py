@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("recsys.call_metrics", "recsys.served_lists"),
         *("recsys.metrics", "recsys.merged_metrics", "recsys.scorer", "recsys.follower", "recsys.client"),
         "trainer.probabilities",
-        *("trainer.quality", "trainer.baselines", "trainer.impressions", "trainer.trust"),
+        *("trainer.quality", "trainer.baselines", "trainer.impressions", "trainer.trust", "trainer.crowd"),
         *("trainer.examples", "trainer.hindsight"),
         "trainer.admission",
         *("trainer.full_ranking", "trainer.prequential", "trainer.drift"),

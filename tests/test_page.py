@@ -401,6 +401,11 @@ WELL = {
             "warning ok ok",
             "under attack: 1,234 accounts behave as if taken over",
         ),
+        (
+            {"metrics": {**WELL["metrics"], "under_attack": 1.0, "distrusted_accounts": 500.0, "pushed_items": 5.0}},
+            "warning ok ok",
+            "under attack: 500 accounts push 5 items",
+        ),
         ({"held_times": 2, "held_reason": "it r"}, "warning ok ok", "version 10 is held: it r"),
         ({"newest_verdict": "set aside", "newest_reason": "r"}, "warning ok ok", "quarantine list"),
         ({"store_problem": "the store does not answer"}, "ok unknown problem", "recsys doctor"),

@@ -47,7 +47,7 @@ EVERY: dict[str, dict[str, Any]] = {
     },
 }
 # What the trainer's payload holds beside the optimizers' state.
-KEPT = {"steps", "followed", "drift", "drift_misled", "drift_category_mix", "trust", "trust_accounts"}
+KEPT = {"steps", "followed", "drift", "drift_misled", "drift_category_mix", "trust", "trust_accounts", "crowd"}
 every = pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
 
 

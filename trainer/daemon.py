@@ -211,15 +211,19 @@ class Daemon:
             _log.warning("the store was not told that a version is held: %s", error)
 
     def _tell_of_trust(self) -> None:
-        """Let people know when an attack on accounts begins and when it is over; a version may come much later."""
-        trust, follows = self.learner.trust, self._learning.head.version
-        self._metrics.trust(trust.attacked, trust.distrusted)
-        if trust.attacked and not self._attacked:
-            words = "under attack: accounts that left their users' habits are not counted"
-            tell(_log, logging.WARNING, words, accounts=trust.distrusted, follows=follows)
-        elif self._attacked and not trust.attacked:
+        """Let people know when an attack begins and when it is over; a version may come much later."""
+        learner, follows = self.learner, self._learning.head.version
+        attacked, accounts = learner.distrusted is not None, learner.distrusted or 0
+        self._metrics.trust(attacked, accounts)
+        if attacked and not self._attacked:
+            found = {"accounts that left their users' habits": learner.trust.attacked}
+            found["newcomers who push items that nobody else chooses"] = learner.crowd.attacked
+            words = f"under attack: {' and '.join(each for each, on in found.items() if on)} are not counted"
+            items = [learner.table.item_ids[row] for row in learner.crowd.pushed.tolist()]
+            tell(_log, logging.WARNING, words, accounts=accounts, items=",".join(items), follows=follows)
+        elif self._attacked and not attacked:
             tell(_log, logging.INFO, "the attack is over: all accounts are counted", follows=follows)
-        self._attacked = trust.attacked
+        self._attacked = attacked
 
     def _set_aside(self) -> None:
         """Go back to the last version and on behind the feedback that spoiled what came after it."""

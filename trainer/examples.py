@@ -161,6 +161,14 @@ class ReplayWindow:
         """Return the newest `count` examples, or all there are, oldest first."""
         return self._aged(np.arange(min(count, len(self)), 0, -1))
 
+    def columns(self, count: int, *names: str) -> list[Integers]:
+        """Return arrays of the newest `count` examples, or all there are, oldest first; not to be written to."""
+        until = self._added % self._capacity or min(self._added, self._capacity)
+        first = until - min(count, len(self))
+        if first >= 0:
+            return [self._arrays[name][first:until] for name in names]
+        return [np.concatenate([self._arrays[name][first:], self._arrays[name][:until]]) for name in names]
+
     def of_item(self, row: int) -> tuple[Array, Array, Array]:
         """Return ages, classes and impressions' keys of all feedback on an item in the window."""
         places = np.flatnonzero(self._arrays["item_B"][: len(self)] == row)

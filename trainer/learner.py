@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recsys.accounts import NOBODY
 from recsys.encoding import to_tensor
 from recsys.errors import CorruptWeights
 from recsys.item_table import PADDING_ROW, TRANSITION_REACH, ItemTable
@@ -29,6 +30,8 @@ from recsys.weights.replica import Replica, fits, items_of, to_array
 from recsys.weights.replica import to_tensor as from_array
 from trainer import row_adagrad
 from trainer.contents import CONTENT_COLUMNS, Contents
+from trainer.crowd import CROWD, Crowd
+from trainer.crowd import RECENT as CROWD_RECENT
 from trainer.drift import CATEGORY_MEMORY, CHOICES, DRIFT, MISLED, TRANSITIONS, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join
 from trainer.full_ranking import MASKED
@@ -87,6 +90,7 @@ class Learner:
         self.strategies = Strategies(settings, self.network)
         self.drift = Drift(settings)
         self.trust = Trust(settings.trust)
+        self.crowd = Crowd(settings.trust)
         self.prequential = Prequential(settings, self.network, self.table)
         self._provisional = settings.provisional_class
         self._positive = np.array([c.positive for c in settings.classes])
@@ -110,9 +114,7 @@ class Learner:
         if standing_IS is None:
             report, mix_loss, batch = StepReport.untested(len(examples)), torch.zeros((), device=self.device), examples
         else:
-            report, mix_loss = self.prequential.test(
-                examples, seen, standing_IS, self.trust.trusted(examples.account_B)
-            )
+            report, mix_loss = self.prequential.test(examples, seen, standing_IS, self._trusted(examples))
             batch = join([examples, *self._replayed(random)])
         followed = None if again else self.window.followed(examples)
         if followed is not None:
@@ -137,6 +139,7 @@ class Learner:
             report.distrusted = int((~trusted_B).sum())
             self._count(examples, followed, trusted_B)
             self.remember(examples, self.table.clock)
+            self._look_for_crowds()
             categories_BK = self.contents.digests(examples.item_B)
             report.drifted = self.drift.observe(examples, report, len(self.table), categories_BK)
             if TRANSITIONS in report.drifted:
@@ -158,7 +161,7 @@ class Learner:
         if by == 1:
             return
         newest = self.window.newest(RECENT)
-        counts_B = self._positive[newest.class_B] & self.trust.trusted(newest.account_B)
+        counts_B = self._positive[newest.class_B] & self._trusted(newest)
         chosen = np.flatnonzero(counts_B & (newest.item_B != PADDING_ROW))[-RECOUNTED:]
         recounted = newest.take(chosen)
         latest_NK = recounted.histories(self.device).latest_first(TRANSITION_REACH)
@@ -177,10 +180,26 @@ class Learner:
         # What the user has already tells nothing of habits.
         told_B[report.rank_B <= MISS] = np.nan
         self.trust.observe(examples.account_B, told_B, self.table.clock + len(examples))
-        trusted_B = self.trust.trusted(examples.account_B)
+        trusted_B = self._trusted(examples)
         # Nor does it tell whether what followed items misleads.
         report.led_anywhere_B[~trusted_B] = np.nan
         return trusted_B
+
+    def _trusted(self, examples: Examples) -> np.ndarray:
+        """Tell whose feedback counts."""
+        return self.trust.trusted(examples.account_B) & self.crowd.trusted(examples.rows_BL, examples.item_B)
+
+    @property
+    def distrusted(self) -> int | None:
+        """Return of how many accounts nothing is counted at present; None: nobody is attacking."""
+        attacked = self.trust.attacked or self.crowd.attacked
+        return self.trust.distrusted + self.crowd.accounts if attacked else None
+
+    def _look_for_crowds(self) -> None:
+        names = "class_B", "rows_BL", "item_B", "account_B"
+        class_B, rows_BL, item_B, account_B = self.window.columns(CROWD_RECENT, *names)
+        asked_B = self._positive[class_B] & (item_B != PADDING_ROW) & (account_B != NOBODY)
+        self.crowd.observe(rows_BL, item_B, account_B, asked_B)
 
     def _replayed(self, random: np.random.Generator) -> list[Examples]:
         """Draw what is replayed; while a drift is responded to, half of it from what is recent, and learn faster."""
@@ -253,6 +272,7 @@ class Learner:
         """Take the rows, ascending, from their items; nothing of these is left, in the replay window either."""
         self._changed.append(self.table.remove(rows_R))
         self.contents.look_again()
+        self.crowd.free(rows_R)
         self._named.extend(rows_R.tolist())
         gone_I = np.zeros(self.table.rows, np.bool_)
         gone_I[rows_R] = True
@@ -288,7 +308,7 @@ class Learner:
         Items that got or lost one of the rows before it are written too, if `rows` are what was taken last.
         """
         dense: dict[str, np.ndarray] = {STEPS: np.array([self.steps], np.int64), **self.strategies.write()}
-        dense |= self.drift.write() | self.trust.write()
+        dense |= self.drift.write() | self.trust.write() | self.crowd.write()
         dense[FOLLOWED] = np.array([self.contents.followed], np.int64)
         passed_on = self.named().split(first_new)[0]
         served = self.replica.write(rows, [*passed_on, *items_of(self.table, first_new)])
@@ -318,6 +338,7 @@ class Learner:
         self.strategies.restore(own.dense)
         self.drift.restore(own.dense)
         self.trust.restore(own.dense)
+        self.crowd.restore(own.dense)
 
     def _check(self, own: WeightPayload) -> None:
         """Refuse a trainer's payload that does not fit; nothing is changed."""
@@ -330,7 +351,8 @@ class Learner:
             fits(name, own.columns[name], (len(own.rows), *column.shape[1:]), column.dtype)
         self.drift.check(own.dense)
         self.trust.check(own.dense)
-        known = (STEPS, FOLLOWED, DRIFT, MISLED, CATEGORY_MEMORY, TRUST, ACCOUNTS)
+        self.crowd.check(own.dense)
+        known = (STEPS, FOLLOWED, DRIFT, MISLED, CATEGORY_MEMORY, TRUST, ACCOUNTS, CROWD)
         self.strategies.check({name: array for name, array in own.dense.items() if name not in known})
 
     def take_changed(self) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recsys.accounts import account
-from recsys.condition import DISTRUSTED_ACCOUNTS, UNDER_ATTACK
+from recsys.condition import DISTRUSTED_ACCOUNTS, PUSHED_ITEMS, UNDER_ATTACK
 from recsys.encoding import row_history, to_tensor
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
 from recsys.item_table import PADDING_ROW
@@ -141,8 +141,9 @@ class LogLearner:
         self.drifted: set[str] = set()
         self._movement: dict[str, float] = {}
         self.read_position = self._position = head.position
-        # Whether nothing was learned since the version before, and whether anything beside feedback changed it.
-        self._fresh, self._heeded = True, False
+        # Whether nothing was learned since the version before, whether anything beside feedback changed it, and whether
+        # an account was let go of.
+        self._fresh, self._heeded, self._let_gone = True, False, False
         # Feedback read and not yet learned.
         self._pending: list[tuple[LogEntry, FeedbackRecord]] = []
         self.batches = self.consumed = 0
@@ -202,7 +203,9 @@ class LogLearner:
             return Outcome.COMPLETE
         self.objections.append(objection)
         self.batches, self._heeded = 0, False
-        return Outcome.SPOILED if len(self.objections) >= self._settings.gate_holds else Outcome.HELD
+        # Who asked to be forgotten does not wait for feedback by which what is held may turn out well.
+        spoiled = self._let_gone or len(self.objections) >= self._settings.gate_holds
+        return Outcome.SPOILED if spoiled else Outcome.HELD
 
     def lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that is complete."""
@@ -231,9 +234,10 @@ class LogLearner:
         return {**self.learner.drift.scores(), **moved, DETECTED: float(bool(found)), **found}
 
     def _trust(self) -> dict[str, float]:
-        """Return whether accounts are under attack, as a version's metrics have it."""
-        trust = self.learner.trust
-        return {UNDER_ATTACK: float(trust.attacked), DISTRUSTED_ACCOUNTS: float(trust.distrusted)}
+        """Return whether there is an attack, as a version's metrics have it."""
+        accounts, pushed = self.learner.distrusted, float(len(self.learner.crowd.pushed))
+        attacked = float(accounts is not None)
+        return {UNDER_ATTACK: attacked, DISTRUSTED_ACCOUNTS: float(accounts or 0), PUSHED_ITEMS: pushed}
 
     def spoiled_lineage(self, committed_ms: int) -> Lineage:
         """Describe the version that stands in place of what was spoiled: the content of `head`, behind the feedback."""
@@ -285,7 +289,8 @@ class LogLearner:
     def _let_go(self) -> None:
         """Forget accounts that people asked to be forgotten."""
         for place in self._forgotten:
-            self._heeded |= self.learner.trust.forget(place)
+            if self.learner.trust.forget(place):
+                self._let_gone = self._heeded = True
         self._forgotten = []
 
     def _event(self, record: FeedbackRecord) -> Event:

@@ -167,7 +167,7 @@ class TrainerMetrics:
         )
         self._under_attack = Gauge(
             "recsys_under_attack",
-            "1 while many accounts choose what their histories no longer explain, and are not counted, else 0.",
+            "1 while accounts attack that were taken over, or newcomers who push items, and are not counted, else 0.",
             registry=registry,
         )
         self._distrusted_accounts = Gauge(

@@ -36,8 +36,9 @@ _DETECTED = [
 _ATTACK = [
     Panel(
         "Under attack",
-        "Whether many accounts choose what their histories no longer explain, as accounts that were taken over do. "
-        "What they choose is not counted meanwhile. Find where it comes from: see the runbook of RecsysUnderAttack.",
+        "Whether many accounts choose what their histories no longer explain, as accounts that were taken over do, or "
+        "newcomers push items that hardly anybody else chooses. What they choose is not counted meanwhile. Find where "
+        "it comes from: see the runbook of RecsysUnderAttack.",
         "none",
         {"under attack": newest("recsys_under_attack")},
         stat=True,
@@ -46,8 +47,8 @@ _ATTACK = [
     ),
     Panel(
         "Accounts that are not counted",
-        "Of late, as if taken over. Falling while feedback comes: their users are back, or gone. Many for hours: a "
-        "lasting change, to which learning gets used after some ten thousand feedback.",
+        "Of late, as if taken over or pushing items. Falling while feedback comes: their users are back, or gone. Many "
+        "for hours: a lasting change, to which learning gets used after some ten thousand feedback.",
         "short",
         {"accounts": newest("recsys_accounts_distrusted")},
     ),
