@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from recsys.feedback_file import open_feedback_file
 from recsys.settings import Settings, load
@@ -69,6 +70,18 @@ def test_learning_again_moves_the_network_and_counts_nothing(tmp_path: Path) -> 
     assert all(torch.equal(p, q) for p, q in zip(kept, mixing, strict=True))
     assert weights(learner) != moved
     assert not (report.rank_B > 0).any()
+
+
+def test_learned_again_a_choice_is_told_from_all_items_where_they_are_few(tmp_path: Path) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path), dropout=0.0, negatives=2)
+    examples = encode_events([case.event for case in cases[:80]], learner.settings)
+    learner.step(examples)
+    histories, vectors = examples.histories(CPU), learner.table.column("vector")
+    with torch.no_grad():
+        scores = learner.network.eval().states(vectors, histories.rows_BL, histories) @ vectors[1:].T
+        losses = F.cross_entropy(scores, torch.from_numpy(examples.item_B) - 1, reduction="none").numpy()
+    chosen = np.array([case.positive and len(case.event.history.rows) > 0 for case in cases[:80]])
+    assert learner.step(examples, again=True).losses["item"] == pytest.approx(losses[chosen].mean(), rel=1e-5)
 
 
 def test_where_classes_alone_learn_learning_again_changes_nothing(tmp_path: Path) -> None:
