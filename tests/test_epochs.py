@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from recsys.feedback_file import open_feedback_file
 from recsys.settings import Settings, load
 from recsys.weights import encode
-from trainer.epochs import Encoded, Epochs, summary
+from trainer.epochs import LEAST_STEPS, Encoded, Epochs, summary
 from trainer.evaluation.stream import Case, Stream
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
@@ -71,6 +72,18 @@ def test_learning_again_moves_the_network_and_counts_nothing(tmp_path: Path) -> 
     assert not (report.rank_B > 0).any()
 
 
+def test_learned_again_a_choice_is_told_from_all_items_where_they_are_few(tmp_path: Path) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path), dropout=0.0, negatives=2)
+    examples = encode_events([case.event for case in cases[:80]], learner.settings)
+    learner.step(examples)
+    histories, vectors = examples.histories(CPU), learner.table.column("vector")
+    with torch.no_grad():
+        scores = learner.network.eval().states(vectors, histories.rows_BL, histories) @ vectors[1:].T
+        losses = F.cross_entropy(scores, torch.from_numpy(examples.item_B) - 1, reduction="none").numpy()
+    chosen = np.array([case.positive and len(case.event.history.rows) > 0 for case in cases[:80]])
+    assert learner.step(examples, again=True).losses["item"] == pytest.approx(losses[chosen].mean(), rel=1e-5)
+
+
 def test_where_classes_alone_learn_learning_again_changes_nothing(tmp_path: Path) -> None:
     learner, cases = learner_and_cases(made_up(tmp_path), trainable="head", bayesian_head=True)
     examples = encode_events([case.event for case in cases[:8]], learner.settings)
@@ -118,6 +131,28 @@ def test_epochs_learn_more_than_one(tmp_path: Path) -> None:
     assert epochs.best > 1
     assert last.loss < first.loss
     assert last.validation_loss(timeless=False) < first.validation_loss(timeless=False)
+
+
+@pytest.mark.parametrize("timeless", [False, True])
+def test_further_epochs_go_through_the_choices_alone(tmp_path: Path, timeless: bool) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path, 500), batch_size=4, batch_growth=8)
+    choices = sum(case.positive and len(case.event.history.rows) > 0 for case in cases)
+    assert choices < len(cases)
+    steps = [learner.steps]
+    epochs = Epochs(learner, cases, [], timeless=timeless)
+    told: list[tuple[int, int]] = []
+
+    def progress(epoch: int, done: int) -> None:
+        told.append((epoch, done))
+        if done == len(cases):
+            steps.append(learner.steps)
+
+    epochs.run(3, 3, progress)
+    first, *further = np.diff(steps).tolist()
+    assert first == -(-len(cases) // (32 if timeless else 4))
+    # As many as there are to be at least, but for what the last step lacks.
+    assert further == [-(-choices // (choices // LEAST_STEPS))] * 2
+    assert [done for epoch, done in told if epoch == 2] == sorted(done for epoch, done in told if epoch == 2)
 
 
 def test_it_stops_when_nothing_is_gained_and_keeps_the_best(tmp_path: Path) -> None:

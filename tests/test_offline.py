@@ -25,7 +25,7 @@ HEADER = "user,item,time\n"
 def contest(path: Path, *names: str, **changes: Any) -> Contest:
     file = open_feedback_file(path)
     settings = load({**SMALL, **changes}, environment={}).model_copy(update={"classes": file.classes})
-    return Contest(file, settings, CPU, names, lambda done: None)
+    return Contest(file, settings, CPU, names, lambda what, done, of: None)
 
 
 def write(folder: Path, rows: list[tuple[str, str]]) -> Path:
@@ -115,6 +115,23 @@ def test_what_followed_long_ago_is_found_when_one_is_left_out(tmp_path: Path) ->
     assert found["events"] == users
     # Both ways lead on from every item; by counts that fade half as many are found.
     assert found["methods"][0]["hr_at_1"] > 0.9
+
+
+def test_an_interruption_leaves_the_best_epoch_to_be_tested(tmp_path: Path) -> None:
+    path = made_up(tmp_path, 300)
+    told: list[tuple[str, int, int]] = []
+
+    def interrupt(what: str, done: int, of: int) -> None:
+        told.append((what, done, of))
+        if what == "recsys: epoch 2 of at most 5, best 1":
+            raise KeyboardInterrupt
+
+    file = open_feedback_file(path)
+    settings = load(SMALL, environment={}).model_copy(update={"classes": file.classes})
+    found = leave_one_out(Contest(file, settings, CPU, ["recsys"], interrupt), Teaching(epochs=5, patience=5))
+    once = leave_one_out(contest(path, "recsys"), Teaching(epochs=1, patience=1))
+    assert found["methods"][0]["ndcg_at_10"] == once["methods"][0]["ndcg_at_10"]
+    assert told[-1] == ("test", found["events"], found["events"])
 
 
 def test_learning_on_wins_where_the_world_changes(tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="draw accuracy over the stream: .png, .svg or .pdf")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=OFFLINE, help="times over what is learned from")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=OFFLINE, help="over what is learned, at most")] = 30,
     patience: Annotated[
         int, typer.Option(min=1, rich_help_panel=OFFLINE, help="stop when so many epochs in a row gained nothing")
-    ] = 2,
+    ] = 3,
     split: Annotated[
         float, typer.Option(min=0.01, max=0.99, rich_help_panel=OFFLINE, help="temporal: share that is learned first")
     ] = 0.8,
@@ -78,7 +78,8 @@ def evaluate(
     learns from the first part of the file and tests on the rest, once frozen and once learning on; periods learns from
     each span of time and tests on the next.
 
-    The file's classes are the setting `classes`, unless that is given. Ctrl-C ends it early, with what was measured.
+    The file's classes are the setting `classes`, unless that is given. Ctrl-C ends it early, with what was measured, or
+    with the best epoch that there was.
     """
     from recsys.feedback_file import open_feedback_file
     from trainer.curves import check_drawing, draw_accuracy
@@ -148,11 +149,12 @@ def _offline(
     torch.set_num_threads(settings.torch_threads)
     teaching = evaluation.Teaching(*limits)
     with progress() as bar:
-        # How many epochs there will be nobody knows.
         task = bar.add_task(protocol.value, total=None)
-        contest = evaluation.Contest(
-            file, settings, choose(settings.device), names, lambda done: bar.update(task, completed=done), told
-        )
+
+        def tell(what: str, done: int, of: int) -> None:
+            bar.update(task, description=what, completed=done, total=of)
+
+        contest = evaluation.Contest(file, settings, choose(settings.device), names, tell, told)
         if protocol is Protocol.LEAVE_ONE_OUT:
             return evaluation.leave_one_out(contest, teaching, events)
         if protocol is Protocol.TEMPORAL:

@@ -51,8 +51,8 @@ def fit(
     feedback_class: ClassColumn = None,
     value: ValueColumn = None,
     items: ItemsFile = None,
-    epochs: Annotated[int, typer.Option(min=1, help="go through the file at most so often")] = 10,
-    patience: Annotated[int, typer.Option(min=1, help="stop when so many epochs in a row gained nothing")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="go through the file at most so often")] = 30,
+    patience: Annotated[int, typer.Option(min=1, help="stop when so many epochs in a row gained nothing")] = 3,
     validation: Annotated[
         float, typer.Option(min=0.0, max=LARGEST_SHARE, help="share of the file that says when to stop")
     ] = 0.1,

@@ -19,7 +19,8 @@ from trainer.evaluation.tally import Tally
 from trainer.examples import batches
 from trainer.learner import Learner
 
-Progress = Callable[[int], None]
+# Told what is being done, how much feedback of it is done, and of how much.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Teaching:
 
 
 class Contest:
-    """Own the methods and the whole file's cases; `progress` is told how much feedback was worked on."""
+    """Own the methods and the whole file's cases."""
 
     def __init__(
         self,
@@ -58,7 +59,6 @@ class Contest:
         }
         self._stream = Stream(file, settings, arrivals)
         self.seconds = dict.fromkeys(names, 0.0)
-        self._done = 0
 
     @property
     def names(self) -> list[str]:
@@ -70,21 +70,35 @@ class Contest:
         return list(self._stream.cases(limit))
 
     def teach(self, train: Sequence[Case], validation: Sequence[Case], teaching: Teaching) -> None:
-        """Teach every method; the learner in epochs, which `validation` ends."""
+        """Teach every method; the learner in epochs, which `validation` ends, or who interrupts a further one."""
         for name, method in self._methods.items():
             started = time.perf_counter()
             if isinstance(method, LearnerMethod):
-                before = self._done
-                epochs = Epochs(method.learner, train, validation, method.arrivals, timeless=teaching.timeless)
-                epochs.run(teaching.epochs, teaching.patience, lambda epoch, done, b=before: self._tell(b + done))  # type: ignore[misc]
-                self._done = before + len(train)
+                self._teach_learner(method, train, validation, teaching)
             else:
+                self._progress(name, 0, len(train))
                 method.learn(train)
             self.seconds[name] += time.perf_counter() - started
+
+    def _teach_learner(
+        self, method: LearnerMethod, train: Sequence[Case], validation: Sequence[Case], teaching: Teaching
+    ) -> None:
+        epochs = Epochs(method.learner, train, validation, method.arrivals, timeless=teaching.timeless)
+
+        def progress(epoch: int, done: int) -> None:
+            best = f", best {epochs.best}" if epochs.best else ""
+            self._progress(f"{RECSYS}: epoch {epoch} of at most {teaching.epochs}{best}", done, len(train))
+
+        try:
+            epochs.run(teaching.epochs, teaching.patience, progress)
+        except KeyboardInterrupt:
+            if not epochs.best:
+                raise
 
     def learn(self, cases: Sequence[Case]) -> None:
         """Let every method learn cases once, in the order of time."""
         for name, method in self._methods.items():
+            self._progress(name, 0, len(cases))
             started = time.perf_counter()
             method.learn(cases)
             self.seconds[name] += time.perf_counter() - started
@@ -99,8 +113,7 @@ class Contest:
                 found[name] = method.run(batch, learn=learn)
                 self.seconds[name] += time.perf_counter() - started
             tally.add(batch, found)
-            self._done += len(batch)
-            self._tell(self._done)
+            self._progress("test", tally.feedback, len(cases))
         return tally
 
     def summary(self, name: str, tally: Tally) -> dict[str, Any]:
@@ -125,6 +138,3 @@ class Contest:
             **more,
             "methods": methods,
         }
-
-    def _tell(self, done: int) -> None:
-        self._progress(done)
