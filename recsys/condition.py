@@ -170,7 +170,11 @@ def _good(facts: Facts) -> Iterator[Finding]:
     accounts, pushed = (facts.metrics.get(name, 0) for name in (DISTRUSTED_ACCOUNTS, PUSHED_ITEMS))
     if facts.metrics.get(UNDER_ATTACK) and pushed:
         yield Finding(
-            *("good", "warning", f"under attack: {accounts:,.0f} accounts push {pushed:,.0f} items"),
+            *(
+                "good",
+                "warning",
+                f"under attack: {accounts:,.0f} accounts are not counted, {pushed:,.0f} items are pushed",
+            ),
             "New accounts choose items that hardly anybody else does, and are not counted as long as that lasts. The "
             "trainer's log names the items. Find who makes these accounts, or which campaign sends newcomers there.",
             "recsys versions show VERSION",

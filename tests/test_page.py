@@ -404,7 +404,7 @@ WELL = {
         (
             {"metrics": {**WELL["metrics"], "under_attack": 1.0, "distrusted_accounts": 500.0, "pushed_items": 5.0}},
             "warning ok ok",
-            "under attack: 500 accounts push 5 items",
+            "under attack: 500 accounts are not counted, 5 items are pushed",
         ),
         ({"held_times": 2, "held_reason": "it r"}, "warning ok ok", "version 10 is held: it r"),
         ({"newest_verdict": "set aside", "newest_reason": "r"}, "warning ok ok", "quarantine list"),

@@ -70,7 +70,7 @@ class Crowd:
         return int(self._memory[0])
 
     def trusted(self, rows_BL: Integers, item_B: Integers) -> Flags:
-        """Tell which feedback counts, by its history and its item."""
+        """Tell which feedback counts, by its history and the item that it chooses, if it does."""
         return ~self._pushes(rows_BL, item_B)
 
     def _pushes(self, rows_BL: Integers, item_B: Integers) -> Flags:
@@ -86,7 +86,8 @@ class Crowd:
         """Look at the newest feedback, oldest first: histories, items, accounts, and what was chosen."""
         if not self._on:
             return
-        pushes_B = self._pushes(rows_BL, item_B)
+        chosen_B = np.where(asked_B, item_B, PADDING_ROW)
+        pushes_B = self._pushes(rows_BL, chosen_B)
         # What histories hold stands at their end.
         newcomer_B = pushes_B | (rows_BL[:, -min(NEWCOMER, rows_BL.shape[1])] == PADDING_ROW)
         asked = np.flatnonzero(asked_B)
@@ -94,13 +95,13 @@ class Crowd:
         first_A, last_A = (np.zeros(len(account_A), np.int64) for _ in range(2))
         # Of equal places the last is written last.
         first_A[of_B[::-1]], last_A[of_B] = asked[::-1], asked
-        self._memory[0] = pushes_B[last_A].sum()
         # Who chooses an item again is counted once.
         pair_B = np.sort((item_B[asked].astype(np.int64) << 32) | of_B)
         pair_N = pair_B[np.diff(pair_B, prepend=-1) > 0]
         row_N, account_N = pair_N >> 32, pair_N & ((1 << 32) - 1)
         # An account is for all its choices what the last one shows.
         self._judge(row_N, account_N, ~newcomer_B[last_A], rows_BL[first_A])
+        self._memory[0] = self._pushes(rows_BL[last_A], chosen_B[last_A]).sum()
 
     def _judge(self, row_N: Rows, account_N: Rows, other_A: Flags, before_AL: Integers) -> None:
         """Find what is pushed, from the items, ascending, and accounts of all choices.

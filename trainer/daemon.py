@@ -70,7 +70,8 @@ class Daemon:
         self._publisher = Publisher(settings, self.store, self.log, metrics, self.stopping, clock)
         self._looked = float("-inf")
         # What people were told last.
-        self._attacked = False
+        # Of the attack that goes on: its kinds and the pushed items that people were told of.
+        self._attack_told: set[str] = set()
         self._committed = Summary()
 
     @property
@@ -215,15 +216,20 @@ class Daemon:
         learner, follows = self.learner, self._learning.head.version
         attacked, accounts = learner.distrusted is not None, learner.distrusted or 0
         self._metrics.trust(attacked, accounts)
-        if attacked and not self._attacked:
-            found = {"accounts that left their users' habits": learner.trust.attacked}
-            found["newcomers who push items that nobody else chooses"] = learner.crowd.attacked
-            words = f"under attack: {' and '.join(each for each, on in found.items() if on)} are not counted"
-            items = [learner.table.item_ids[row] for row in learner.crowd.pushed.tolist()]
+        if not attacked:
+            if self._attack_told:
+                tell(_log, logging.INFO, "the attack is over: all accounts are counted", follows=follows)
+            self._attack_told = set()
+            return
+        kinds = {"accounts that left their users' habits": learner.trust.attacked}
+        kinds["newcomers who push items that nobody else chooses"] = learner.crowd.attacked
+        found = [each for each, on in kinds.items() if on]
+        items = [learner.table.item_ids[row] for row in learner.crowd.pushed.tolist()]
+        # Once of each in an attack: which items are pushed may change with every batch.
+        if not self._attack_told.issuperset(found + items):
+            self._attack_told.update(found + items)
+            words = f"under attack: {' and '.join(found)} are not counted"
             tell(_log, logging.WARNING, words, accounts=accounts, items=",".join(items), follows=follows)
-        elif self._attacked and not attacked:
-            tell(_log, logging.INFO, "the attack is over: all accounts are counted", follows=follows)
-        self._attacked = attacked
 
     def _set_aside(self) -> None:
         """Go back to the last version and on behind the feedback that spoiled what came after it."""

@@ -54,6 +54,8 @@ RECOUNTED = 3 * CHOICES
 # Of what is learned again, negatives for each example of a step, all items at most: on one real stream four foresee
 # what is kept apart 0.05 nats better than a half does, for twice the time.
 NEGATIVES_AGAIN = 4
+# Lists of rows that are kept apart before they become one: nobody may ask for them in a whole epoch.
+CHANGES_APART = 64
 # Of the feedback classes' loss, beside that over items.
 CLASS_LOSS_WEIGHT = 1.0
 
@@ -189,8 +191,9 @@ class Learner:
         return trusted_B
 
     def _trusted(self, examples: Examples) -> np.ndarray:
-        """Tell whose feedback counts."""
-        return self.trust.trusted(examples.account_B) & self.crowd.trusted(examples.rows_BL, examples.item_B)
+        """Tell which feedback counts."""
+        chosen_B = np.where(self._positive[examples.class_B], examples.item_B, PADDING_ROW)
+        return self.trust.trusted(examples.account_B) & self.crowd.trusted(examples.rows_BL, chosen_B)
 
     @property
     def distrusted(self) -> int | None:
@@ -483,6 +486,8 @@ class Learner:
         columns, rate = self.table.columns, self.settings.row_learning_rate * self.strategies.rate
         moved = row_adagrad.move(columns["vector"], columns[SQUARED_GRADIENT], rows_U, gradient_UD, rate)
         self._changed.append(moved)
+        if len(self._changed) > CHANGES_APART:
+            self.changed()
 
     def _count(self, examples: Examples, followed: Followed | None, trusted_B: np.ndarray) -> None:
         latest_BK = examples.histories(self.device).latest_first(TRANSITION_REACH)
@@ -493,8 +498,10 @@ class Learner:
         counted_B = item_B.masked_fill(~torch.from_numpy(trusted_B).to(self.device), PADDING_ROW)
         self._changed.append(self.table.count(latest_BK, counted_B, positive_B, class_B))
         if followed is not None and self._provisional is not None:
-            item_M = item_B[to_tensor(followed.place_M, self.device)]
-            latest_MK = followed.impressions.histories(self.device).latest_first(TRANSITION_REACH)
+            # What is not counted takes nothing back either, nor is taken back.
+            kept_M = np.flatnonzero(trusted_B[followed.place_M] & self._trusted(followed.impressions))
+            item_M = item_B[to_tensor(followed.place_M[kept_M], self.device)]
+            latest_MK = followed.impressions.take(kept_M).histories(self.device).latest_first(TRANSITION_REACH)
             self._changed.append(torch.unique(self.table.retract(latest_MK, item_M, self._provisional)))
             # As old as when the batch was counted, in which nothing has faded yet.
             age_M = np.where(followed.age_M > 0, followed.age_M + len(examples) - 1, 0)

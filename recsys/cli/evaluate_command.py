@@ -78,8 +78,8 @@ def evaluate(
     learns from the first part of the file and tests on the rest, once frozen and once learning on; periods learns from
     each span of time and tests on the next.
 
-    The file's classes are the setting `classes`, unless that is given. Ctrl-C ends it early, with what was measured, or
-    with the best epoch that there was.
+    The file's classes are the setting `classes`, unless that is given. Ctrl-C ends test-then-train early, with what was
+    measured; in a further epoch of the other protocols it ends the teaching, and the best epoch is tested.
     """
     from recsys.feedback_file import open_feedback_file
     from trainer.curves import check_drawing, draw_accuracy

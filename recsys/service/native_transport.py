@@ -117,6 +117,8 @@ class NativeTransport:
 
     def _close(self) -> None:
         self._closed.set()
+        # Their numbers may soon be those of other threads.
+        self._io_threads = set()
         self._front.close()
         if self._thread.is_alive():
             self._thread.join()
@@ -197,8 +199,8 @@ class NativeTransport:
 
 
 def _threads() -> set[int]:
-    """Return the ids of this process's threads; none where the system does not tell or has no use for them."""
-    if not hasattr(os, "SCHED_BATCH"):
+    """Return the ids of this process's threads; none where the system does not tell or somebody chose how they run."""
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return set()
     try:
         return {int(each) for each in os.listdir("/proc/self/task")}
