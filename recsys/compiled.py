@@ -23,9 +23,24 @@ def compiled(function: Callable[..., Any]) -> Any:
 
     It runs without the interpreter's lock, so that other threads go on meanwhile. It is kept on disk, so that only the
     first start after an installation waits for the compiler; where nothing can be written, each start does. Sums may be
-    taken in any order.
+    taken in any order, but in every process in the same: what a function calls is made a part of it. Else it would be
+    whichever of the copies the process has met first, its own or another's, whose sums are taken in another order.
     """
-    compile_: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+    return _compiled(function, forceinline=True)
+
+
+def compiled_apart(function: Callable[..., Any]) -> Any:
+    """Compile as `compiled` does, but leave calls to the function as they are: faster where it is seldom called.
+
+    The last bits may then depend on what else a process has compiled: answers may differ in them, weights must not.
+    """
+    return _compiled(function, forceinline=False)
+
+
+def _compiled(function: Callable[..., Any], *, forceinline: bool) -> Any:
+    compile_: Any = numba.njit(
+        nogil=True, forceinline=forceinline, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
+    )
     found = compile_(function)
     try:
         found.enable_caching()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -84,3 +89,39 @@ def test_a_score_that_is_no_number_gives_no_loss() -> None:
         assert torch.isnan(found.loss_B)[shown_B].all()
         assert 0 < int(shown_B.sum()) < USERS
         assert not found.rank_B[(item_B == row).numpy()].any()
+
+
+ORDER = """
+import hashlib, sys
+import numpy as np
+from trainer import full_ranking as loops
+
+def some(*shape):
+    return draw.standard_normal(shape).astype(np.float32)
+
+draw = np.random.default_rng(1)
+if sys.argv[1:]:
+    numbers = some(64)
+    loops._powers(numbers, np.float32(4), numbers.copy(), np.zeros(64, np.int32))
+    loops._expect(numbers, numbers.copy(), some(8, 64), np.zeros(11), 0)
+    loops._score(numbers, some(8, 64), some(11), numbers.copy(), numbers.copy(), 0)
+    draw = np.random.default_rng(1)
+users, items = 16, 3000
+found = loops._rank(
+    some(users, items), some(8, items), some(users, 11), np.zeros((users, 5), np.int32), some(2, users, 5),
+    np.ones(items, np.float32), draw.integers(1, items, users), draw.integers(1, items, 4 * users),
+    4 * np.arange(1, users + 1), np.empty((0, 0), np.float32),
+)
+print(hashlib.sha256(b"".join(each.tobytes() for each in found)).hexdigest())
+"""
+
+
+def test_what_a_process_has_compiled_or_loaded_before_changes_no_bit(tmp_path: Path) -> None:
+    """Else who starts again, from what is kept on disk, would learn other weights than who went on."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    # One that compiles, one that loads, and one that has met the parts by themselves.
+    found = [
+        subprocess.run([sys.executable, "-c", ORDER, *how], env=environment, check=True, capture_output=True).stdout
+        for how in ([], [], ["parts"], ["parts"])
+    ]
+    assert len(set(found)) == 1

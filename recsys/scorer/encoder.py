@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.network import GAP_BUCKETS, LIFTS, Histories, RecommendationNetwork
 
 Floats = NDArray[np.float32]
@@ -69,7 +69,7 @@ def _array(tensor: Tensor) -> Floats:
     return found
 
 
-@compiled
+@compiled_apart
 def _apply(map_OI: Floats, bias_O: Floats, x_I: Floats, found_O: Floats) -> None:
     for row in range(map_OI.shape[0]):
         total = np.float32(0.0)
@@ -78,7 +78,7 @@ def _apply(map_OI: Floats, bias_O: Floats, x_I: Floats, found_O: Floats) -> None
         found_O[row] = total + bias_O[row]
 
 
-@compiled
+@compiled_apart
 def _normalise(x_D: Floats, scale_D: Floats, bias_D: Floats, eps: float) -> None:
     mean = np.float32(0.0)
     for column in range(len(x_D)):
@@ -92,7 +92,7 @@ def _normalise(x_D: Floats, scale_D: Floats, bias_D: Floats, eps: float) -> None
         x_D[column] = (x_D[column] - mean) * inverse * scale_D[column] + bias_D[column]
 
 
-@compiled
+@compiled_apart
 def _attend(x_LD: Floats, used: int, query_D: Floats, key_DD: Floats, heads: int, mixed_HD: Floats) -> None:
     """Mix the used places for each head as the query asks."""
     width = len(query_D) // heads
@@ -122,7 +122,7 @@ def _attend(x_LD: Floats, used: int, query_D: Floats, key_DD: Floats, heads: int
                 mixed_HD[head, column] += share * x_LD[place, column]
 
 
-@compiled
+@compiled_apart
 def _states(
     vectors_ID: Floats,
     rows_BL: Longs,

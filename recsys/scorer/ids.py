@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 
 # Slots for each row that there is room for, and the share of them that may be taken.
 SLOTS, FULL = 3, 0.6
@@ -79,7 +79,7 @@ def _packed(ids: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     return np.frombuffer(text.encode(), np.uint8), length_R
 
 
-@compiled
+@compiled_apart
 def _hash(text_T: NDArray[np.uint8], start: int, length: int, secret_2: NDArray[np.uint64]) -> Any:
     found = secret_2[0]
     for place in range(start, start + length):
@@ -88,7 +88,7 @@ def _hash(text_T: NDArray[np.uint8], start: int, length: int, secret_2: NDArray[
     return found
 
 
-@compiled
+@compiled_apart
 def find(index: Index, wanted_T: NDArray[np.uint8], start: int, length: int) -> int:
     """Return the row of the id that stands in `wanted_T` from `start` on; 0 where there is none."""
     last = np.uint64(len(index.slot_S) - 1)
@@ -105,7 +105,7 @@ def find(index: Index, wanted_T: NDArray[np.uint8], start: int, length: int) -> 
     return 0
 
 
-@compiled
+@compiled_apart
 def _insert(index: Index, row_R: NDArray[np.int64], length_R: NDArray[np.int32], start: int) -> int:
     """Take the rows from whoever had them and give them the ids that stand from `start` on; return the slots taken."""
     last, taken = np.uint64(len(index.slot_S) - 1), 0

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.item_table import NEXT_POWER
 from recsys.network import TRANSITION_FLOOR
 from recsys.scorer.lanes import trailing_zeros
@@ -77,7 +77,7 @@ def _scales(reach: int) -> Floats:
     return np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER]).astype(np.float32)
 
 
-@compiled
+@compiled_apart
 def _weigh(lifts_2BN: Floats, hidden_BN: NDArray[np.bool_], weights_B2: Floats) -> Floats:
     found_BN = np.empty(hidden_BN.shape, np.float32)
     for user in range(hidden_BN.shape[0]):
@@ -88,7 +88,7 @@ def _weigh(lifts_2BN: Floats, hidden_BN: NDArray[np.bool_], weights_B2: Floats) 
     return found_BN
 
 
-@compiled
+@compiled_apart
 def _mark(
     successor_IM: Integers, weight_IM: Floats, history_BK: Longs, scale_2K: Floats, own_H: Longs, ends_B: Longs
 ) -> tuple[Integers, NDArray[np.bool_], Floats, Integers]:
@@ -155,7 +155,7 @@ def _mark(
     return rows_BN, hidden_BN, sums_2BN, because_BN
 
 
-@compiled
+@compiled_apart
 def _chain(head_G: Integers, used_W: NDArray[np.uint64], shift: int, chain_N2: Integers, row: int, count: int) -> int:
     """Add a mark to its bucket's chain; return how many there are."""
     bucket = row >> shift
@@ -165,14 +165,14 @@ def _chain(head_G: Integers, used_W: NDArray[np.uint64], shift: int, chain_N2: I
     return count + 1
 
 
-@compiled
+@compiled_apart
 def _move(rows_N: Integers, hidden_N: NDArray[np.bool_], because_N: Integers, sums_2N: Floats, place: int) -> None:
     """Move the mark before `place` there."""
     rows_N[place], hidden_N[place], because_N[place] = rows_N[place - 1], hidden_N[place - 1], because_N[place - 1]
     sums_2N[0, place], sums_2N[1, place] = sums_2N[0, place - 1], sums_2N[1, place - 1]
 
 
-@compiled
+@compiled_apart
 def _at(rows_BN: Integers, lifts_2BN: Floats, because_BN: Integers, rows_BK: Longs) -> tuple[Floats, Longs]:
     users, count = rows_BK.shape
     lifts_BK2, because_BK = np.zeros((users, count, 2), np.float32), np.zeros((users, count), np.int64)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.scorer.centres import SAMPLED, Centres
 from recsys.scorer.places import Places
 
@@ -144,7 +144,7 @@ def _describe(sums_2LD: Doubles, standing_IS: Floats, partition_I: Integers) -> 
     return mean_LV, np.maximum(variance_LV, np.float32(0.0))
 
 
-@compiled
+@compiled_apart
 def _add(sums_2LV: Doubles, rows_NV: Floats, which_R: Longs, partition_R: Integers, sign: float) -> None:
     """Add rows and their squares to their partitions' sums, or take them away."""
     for place in range(len(which_R)):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.network import LIFTS, WORTH_FLOOR
 from recsys.scorer.shortlist import HIDDEN
 from recsys.v1.recommender_pb2 import SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING
@@ -34,7 +34,7 @@ class Parts(NamedTuple):
     because_BK: Longs
 
 
-@compiled
+@compiled_apart
 def log_worth(logits_BKC: Floats, worth_C: Floats, weight: float) -> Floats:
     """Return the weighted log of the expected worth of feedback whose classes have these logits: (B, K)."""
     users, kept, classes = logits_BKC.shape
@@ -53,7 +53,7 @@ def log_worth(logits_BKC: Floats, worth_C: Floats, weight: float) -> Floats:
     return found_BK
 
 
-@compiled
+@compiled_apart
 def contested(scores_BK: Floats, worth_BF: Floats, own_B: Longs, wanted_B: Longs, most_worth: float) -> Longs:
     """Return the users for whom a candidate past the first F, whose worth is known, may still be among those wanted.
 
@@ -73,7 +73,7 @@ def contested(scores_BK: Floats, worth_BF: Floats, own_B: Longs, wanted_B: Longs
     return found_B[:count].copy()
 
 
-@compiled
+@compiled_apart
 def in_final_order(
     scores_BK: Floats, worth_BK: Floats, rows_BK: Longs, own_B: Longs, most: int
 ) -> tuple[Floats, Longs]:
@@ -97,7 +97,7 @@ def in_final_order(
     return final_BM, chosen_BM
 
 
-@compiled
+@compiled_apart
 def apart(
     weights_BP: Floats,
     states_BD: Floats,

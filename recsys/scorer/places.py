@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.scorer.lanes import QUAD, QUAD_BYTES, ROWS
 
 NOBODY = -1
@@ -75,7 +75,7 @@ class Places:
         return self.place_I, self.row_P, self.next_G, self.first_L, self.held_L, self.partition_I, self.free_2
 
 
-@compiled
+@compiled_apart
 def _move(
     place_I: Integers,
     row_P: Integers,
@@ -118,7 +118,7 @@ def _move(
         place_I[row], row_P[place], partition_I[row] = place, row, target
 
 
-@compiled
+@compiled_apart
 def _copy(blocks_GP: NDArray[np.uint8], source: int, target: int) -> None:
     """Copy what a block says of one row to another row's place."""
     for quad in range(0, blocks_GP.shape[1], QUAD_BYTES):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.scorer.lanes import ROWS, USERS, prefetch, trailing_zeros
 from recsys.scorer.marks import END
 from recsys.scorer.scan import NEVER, NOTHING, ROOM, limit, look
@@ -27,7 +27,7 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 
 
-@compiled
+@compiled_apart
 def _tile(words_BP: Integers, users_U: NDArray[np.int64], first: int, count: int, words_1P: Integers) -> None:
     """Write the weights of some users, USERS or fewer, as the products want them, user after user within each word."""
     for word in range(words_BP.shape[1]):
@@ -35,7 +35,7 @@ def _tile(words_BP: Integers, users_U: NDArray[np.int64], first: int, count: int
             words_1P[0, word * USERS + place] = words_BP[users_U[first + place], word]
 
 
-@compiled
+@compiled_apart
 def _marked(marks_BN: Integers, user: int, row: int) -> bool:
     """Tell whether a row is among a user's marks."""
     low, high = 0, marks_BN.shape[1] - 1
@@ -48,7 +48,7 @@ def _marked(marks_BN: Integers, user: int, row: int) -> bool:
     return bool(marks_BN[user, low] == row)
 
 
-@compiled
+@compiled_apart
 def _hold(
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -92,7 +92,7 @@ def _hold(
                 )
 
 
-@compiled
+@compiled_apart
 def _look(
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -142,7 +142,7 @@ def _look(
             )
 
 
-@compiled
+@compiled_apart
 def _look_at_marks(
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -185,7 +185,7 @@ def _look_at_marks(
             )
 
 
-@compiled
+@compiled_apart
 def _tell_apart(
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -208,7 +208,7 @@ def _tell_apart(
     threshold_B[user] = max(threshold_B[user], reached - error)
 
 
-@compiled
+@compiled_apart
 def best(
     vectors_ID: Floats,
     standing_IS: Floats,

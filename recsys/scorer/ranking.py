@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.item_table import ItemTable
 from recsys.network import CONTEXT_WIDTH, RecommendationNetwork
 from recsys.rates import PRIOR
@@ -85,7 +85,7 @@ class Ranking:
         return found
 
 
-@compiled
+@compiled_apart
 def _add(x_2E: Floats, map_EH: Floats, found_2H: Floats) -> None:
     """Add the products of two vectors and a matrix, four rows at a time: so much more is done with what is fetched."""
     rows, width = x_2E.shape[1], found_2H.shape[1]
@@ -104,7 +104,7 @@ def _add(x_2E: Floats, map_EH: Floats, found_2H: Floats) -> None:
             other_H[column] += second_E[row] * map_EH[row, column]
 
 
-@compiled
+@compiled_apart
 def _feed(
     row: int,
     vectors_ID: Floats,
@@ -132,7 +132,7 @@ def _feed(
     item_E[classes + 1] = math.log1p(total) / np.float32(4.0)
 
 
-@compiled
+@compiled_apart
 def _judge(
     users_BU: Floats,
     dimension: int,
@@ -189,7 +189,7 @@ def _judge(
             logits_BKC[user, place], logits_BKC[user, other] = found_2C[0], found_2C[1]
 
 
-@compiled
+@compiled_apart
 def _rectify(found_2H: Floats) -> None:
     for each in range(2):
         for column in range(found_2H.shape[1]):

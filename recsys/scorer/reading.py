@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.network import GAP_BUCKETS
 from recsys.scorer.ids import Ids, Index, find
 from recsys.store.v1.log_pb2 import History, HistoryEntry
@@ -56,7 +56,7 @@ def read(histories: Sequence[bytes], items: Ids, classes: Ids, now_ms: int, leng
     return Read(*found)
 
 
-@compiled
+@compiled_apart
 def _varint(data_N: Bytes, at: Any, end: int) -> tuple[Any, Any]:
     """Return a number and where it ends, _DAMAGED where it does not."""
     found, shift = np.uint64(0), np.uint64(0)
@@ -68,7 +68,7 @@ def _varint(data_N: Bytes, at: Any, end: int) -> tuple[Any, Any]:
     return np.int64(0), _DAMAGED
 
 
-@compiled
+@compiled_apart
 def _field(data_N: Bytes, at: Any, end: int) -> tuple[Any, Any, Any, Any, Any]:
     """Return a field's number, its wire type, its value or where that begins, and where it ends; _DAMAGED there."""
     tag, at = _varint(data_N, at, end)
@@ -91,7 +91,7 @@ def _field(data_N: Bytes, at: Any, end: int) -> tuple[Any, Any, Any, Any, Any]:
     return number, kind, value, start, at if at <= end else np.int64(_DAMAGED)
 
 
-@compiled
+@compiled_apart
 def _entry(data_N: Bytes, at: Any, end: int, items: Index, classes: Index) -> tuple[Any, Any, Any, Any]:
     """Return an entry's row, the place of its class from 1 on, 0 where unknown, its time, and its end; _DAMAGED."""
     row, feedback_class, time_ms = 0, 0, np.int64(0)
@@ -108,7 +108,7 @@ def _entry(data_N: Bytes, at: Any, end: int, items: Index, classes: Index) -> tu
     return row, feedback_class, time_ms, at
 
 
-@compiled
+@compiled_apart
 def _read(
     data_N: Bytes, ends_B: Longs, items: Index, classes: Index, now_ms: int, length: int
 ) -> tuple[Longs, Longs, Longs, Longs, Longs, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.scorer.lanes import HEAD, LARGEST_SUM, LARGEST_WEIGHT, QUAD, QUAD_BYTES, ROWS, ZERO
 from recsys.scorer.places import Places
 
@@ -80,7 +80,7 @@ class Rough:
         return rows <= len(self.blocks_GP) * ROWS and self.lost <= self.allowed
 
 
-@compiled
+@compiled_apart
 def _ranges(rows_ID: Floats) -> tuple[Floats, Floats]:
     """Return the smallest and the largest number of each column."""
     low_D, high_D = rows_ID[0].copy(), rows_ID[0].copy()
@@ -92,7 +92,7 @@ def _ranges(rows_ID: Floats) -> tuple[Floats, Floats]:
     return low_D, high_D
 
 
-@compiled
+@compiled_apart
 def _write(
     rows_ID: Floats,
     which_R: NDArray[np.int64],
@@ -130,7 +130,7 @@ def _write(
     return np.sqrt(most_lost), np.sqrt(most), float(np.sqrt(widest))
 
 
-@compiled
+@compiled_apart
 def _coarse(scaled_V: NDArray[np.float64], first: int, last: int, widest: float) -> float:
     """Return how coarse weights of rows in whole numbers must be for them and for their sums to have room."""
     largest = even = odd = 0.0
@@ -144,7 +144,7 @@ def _coarse(scaled_V: NDArray[np.float64], first: int, last: int, widest: float)
     return float(max(np.sqrt(largest) / LARGEST_WEIGHT, np.sqrt(max(even, odd)) * widest / LARGEST_SUM))
 
 
-@compiled
+@compiled_apart
 def _write_weights(
     scaled_V: NDArray[np.float64],
     first: int,
@@ -180,7 +180,7 @@ def _write_weights(
     return float((np.sqrt(even_lost) + np.sqrt(odd_lost)) * widest)
 
 
-@compiled
+@compiled_apart
 def whole_weights(
     weights_BV: Floats,
     centre_V: Floats,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.scorer.lanes import ROWS, USERS, products_of_four, products_of_one, trailing_zeros
 from recsys.scorer.shortlist import HIDDEN, in_order, look_closely, make_room, put
 
@@ -33,13 +33,13 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 
 
-@compiled
+@compiled_apart
 def limit(threshold: float, constant: float, step: float) -> int:
     """Return the whole number that a sum must be above for its rough score to reach the threshold."""
     return int(min(max(np.floor((threshold - constant) / step) - 2.0, float(NOTHING)), float(NEVER - 1)))
 
 
-@compiled
+@compiled_apart
 def look(
     vectors_GP: NDArray[np.uint8],
     standing_GP: NDArray[np.uint8],
@@ -60,7 +60,7 @@ def look(
             above_Q[place] = products_of_four(vectors_GP, standing_GP, block, words_TP, tile, limits_TU, sums_QR, place)
 
 
-@compiled
+@compiled_apart
 def _guess(
     vectors_GP: NDArray[np.uint8],
     standing_GP: NDArray[np.uint8],
@@ -107,7 +107,7 @@ def _guess(
     return guess_B
 
 
-@compiled
+@compiled_apart
 def _hold_marks(
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -160,7 +160,7 @@ def _hold_marks(
         mark_B[user] = mark
 
 
-@compiled
+@compiled_apart
 def _sweep(
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -226,7 +226,7 @@ def _sweep(
                         )
 
 
-@compiled
+@compiled_apart
 def best(
     vectors_ID: Floats,
     standing_IS: Floats,

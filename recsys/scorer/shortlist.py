@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.scorer.lanes import ROWS, prefetch
 
 # Below any real score, and past the key of any.
@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 
 
-@compiled
+@compiled_apart
 def exact(vectors_ID: Floats, standing_IS: Floats, row: int, weights_BV: Floats, user: int) -> np.float32:
     """Return the score of a row for a user without what the transition memory adds."""
     # Indices from nought on, or numba asks of each whether it is negative.
@@ -40,7 +40,7 @@ def exact(vectors_ID: Floats, standing_IS: Floats, row: int, weights_BV: Floats,
     return total
 
 
-@compiled
+@compiled_apart
 def _smallest(values_C: Any, count: int, place: int) -> Any:
     """Return what would stand at `place` were the first `count` values sorted; they are left in any order.
 
@@ -65,13 +65,13 @@ def _smallest(values_C: Any, count: int, place: int) -> Any:
             return pivot
 
 
-@compiled
+@compiled_apart
 def kth(rough_BC: NDArray[np.float64], user: int, count: int, keep: int) -> float:
     """Return the rough score that `keep` of a user's rows reach."""
     return float(_smallest(rough_BC[user, :count].copy(), count, count - keep))
 
 
-@compiled
+@compiled_apart
 def _key(score: np.float32, row: int) -> Any:
     """Return a whole number that is smaller for larger scores and, of equal ones, for lower rows."""
     ordered = np.int64(np.float32(score).view(np.int32))
@@ -81,7 +81,7 @@ def _key(score: np.float32, row: int) -> Any:
     return row - (ordered << 32)
 
 
-@compiled
+@compiled_apart
 def look_closely(
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -130,7 +130,7 @@ def look_closely(
     return held, needed if held >= keep else -np.inf
 
 
-@compiled
+@compiled_apart
 def make_room(
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -169,7 +169,7 @@ def make_room(
     return held, max(threshold, least - 2.0 * error) if last != NO_KEY else threshold
 
 
-@compiled
+@compiled_apart
 def put(
     rough_BC: NDArray[np.float64],
     place_BC2: Integers,
@@ -186,7 +186,7 @@ def put(
     return bool(held + 1 == rough_BC.shape[1])
 
 
-@compiled
+@compiled_apart
 def in_order(keys_BC: NDArray[np.int64], count_B: NDArray[np.int64], keep: int) -> tuple[Floats, NDArray[np.int64]]:
     """Return the scores and rows of each user's `keep` smallest keys, (B, K) each; HIDDEN and row 0 past the last.
 

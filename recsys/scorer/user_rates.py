@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.compiled import compiled
+from recsys.compiled import compiled_apart
 from recsys.item_table import AUDIENCE_REACH, ItemTable
 from recsys.network import Histories, RecommendationNetwork
 from recsys.rates import FADING, PRIOR, RESIDUAL_PRIOR
@@ -54,7 +54,7 @@ class UserRates:
         return context_BC, rates_BU
 
 
-@compiled
+@compiled_apart
 def _add_above(counts_C: Floats, among_C: Floats, found_C: Floats) -> None:
     """Add how much more often each class came than among all, on a log scale."""
     total, prior = np.float32(0.0), np.float32(PRIOR)
@@ -64,7 +64,7 @@ def _add_above(counts_C: Floats, among_C: Floats, found_C: Floats) -> None:
         found_C[each] += math.log((counts_C[each] / among_C[each] + prior) / (total + prior))
 
 
-@compiled
+@compiled_apart
 def _count(
     rows_BL: Longs,
     classes_BL: Longs,
