@@ -294,6 +294,8 @@ class Batcher(Generic[Item, Result]):
                     self._look = None
             if self._queue or self._closed:
                 return
+            # What brought nothing is no part of what the next batch takes: before the first weights all is refused.
+            self._look_seconds = 0.0
 
     def _patience(self) -> float:
         return 0.0 if self._queue or self._closed else RECEIVE_SECONDS

@@ -116,6 +116,31 @@ def test_what_fills_the_next_batch_is_taken_when_it_is_expected_to_be_just_in_ti
     assert in_time.result(SECONDS) == "in time"
 
 
+def test_looking_in_vain_is_no_part_of_a_batch(timed: Timed) -> None:
+    """As in a server that has refused calls for a minute, for want of weights, when the first it can answer comes."""
+    batcher: Batcher[Any, Any] = Batcher("test", timed, max_batch=4, queue_limit=100, clock=timed.clock)
+    futures: list[Any] = []
+
+    def bring() -> float:
+        futures.append(batcher.submit("first"))
+        return 0.5
+
+    looks: list[Callable[[], float | None]] = [lambda: 1000.0, lambda: 1000.0, bring, lambda: None]
+    batcher.receive_from(lambda patience: looks.pop(0)())
+    try:
+        while not futures:
+            time.sleep(0.001)
+        assert futures[0].result(SECONDS) == "first"
+        hold(batcher, timed, waiting=0)
+        # A second and a half for the batch in work, as much for its own.
+        batcher.submit("in time", timed.now + 5)
+        with pytest.raises(errors.Overloaded):
+            batcher.submit("late", timed.now + 2)
+    finally:
+        timed.gate.set()
+        batcher.close()
+
+
 def test_the_factor_settles_where_98_in_100_are() -> None:
     stretch = Stretch()
     beyond = 0
