@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import hiredis
+import pytest
 import redis
 import torch
 from prometheus_client import CollectorRegistry
@@ -102,6 +103,16 @@ def learn_all(settings: Settings) -> bytes:
         return encode(daemon.learner.replica.write_all())
 
 
+def learn_with_restarts(settings: Settings, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Learn all of the log by a trainer that stops twice behind so many records, within whatever goes on there."""
+    monkeypatch.setattr("trainer.daemon.READ_COUNT", count)
+    for _ in range(2):
+        with trainer(settings) as daemon:
+            daemon.start()
+            daemon.step()
+    learn_all(settings)
+
+
 def versions(settings: Settings) -> list[tuple[int, bytes, str, int, int]]:
     """List the retained versions but the first, oldest first: version, chain, position, feedback learned and added."""
     with connect(settings) as client:
@@ -111,6 +122,14 @@ def versions(settings: Settings) -> list[tuple[int, bytes, str, int, int]]:
         for r in reversed(records)
         if r.version > 1
     ]
+
+
+def newest_metrics(settings: Settings) -> dict[str, float]:
+    """Return the metrics of the newest version."""
+    with connect(settings) as client:
+        record = WeightStore(client, settings).head()
+    assert record is not None
+    return dict(record.metrics)
 
 
 def head(settings: Settings) -> tuple[int, bytes, str, int]:

@@ -51,10 +51,15 @@ class PlainScorer:
         self.gate.set()
         self.entered = threading.Semaphore(0)
         self.failure: Exception | None = None
+        self.warming = False
 
     @property
     def version(self) -> int:
         return self.status.version
+
+    @property
+    def warm(self) -> bool:
+        return self.version > 0 and not self.warming
 
     def answer(self, queries: list[Query]) -> list[Answer]:
         self.entered.release()

@@ -7,7 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from learning import CPU, START_MS, append, fork, head, learn_all, small, trainer, versions
+from learning import (
+    CPU,
+    START_MS,
+    append,
+    fork,
+    head,
+    learn_all,
+    learn_with_restarts,
+    newest_metrics,
+    small,
+    trainer,
+    versions,
+)
 from prometheus_client import CollectorRegistry
 
 from recsys.condition import DISTRUSTED_ACCOUNTS, PUSHED_ITEMS, UNDER_ATTACK
@@ -16,7 +28,7 @@ from recsys.errors import CorruptWeights
 from recsys.feedback import Feedback
 from recsys.settings import Settings
 from recsys.store.connection import connect
-from recsys.weights import WeightStore, decode, encode
+from recsys.weights import decode, encode
 from trainer.crowd import CROWD, MOST_PUSHED, NEWCOMER, PUSHING, RECENT, Crowd
 from trainer.examples import Event, ReplayWindow
 from trainer.examples import encode as encode_events
@@ -159,7 +171,7 @@ def test_what_is_remembered_goes_on_bit_for_bit_and_off_nothing_is() -> None:
     stream.go(40)
     stream.go(20, poison=0.5)
     written = stream.crowd.write()
-    other.check(written)
+    other.check(written, PUSHED)
     other.restore(written)
     late = stream.asked()
     for crowd in (stream.crowd, other):
@@ -175,9 +187,9 @@ def test_what_is_remembered_goes_on_bit_for_bit_and_off_nothing_is() -> None:
 
 @pytest.mark.parametrize("wrong", [np.zeros(3, np.int64), np.zeros(1 + MOST_PUSHED), np.full(1 + MOST_PUSHED, -1)])
 def test_what_does_not_fit_is_refused(wrong: np.ndarray) -> None:
-    Crowd().check({})
+    Crowd().check({}, PUSHED)
     with pytest.raises(CorruptWeights, match=CROWD):
-        Crowd().check({CROWD: wrong})
+        Crowd().check({CROWD: wrong}, PUSHED)
 
 
 @pytest.mark.parametrize("added", [3, 8, 11, 16, 21])
@@ -229,12 +241,10 @@ def test_the_trainer_counts_nothing_of_a_crowd_and_everything_otherwise(
         counted = learner.table.columns["total"][rows].tolist()
         weights = encode(learner.replica.write_all())
         accounts = learner.distrusted
-    with connect(base) as client:
-        record = WeightStore(client, base).head()
-    assert record is not None
-    assert record.metrics[UNDER_ATTACK] == registry.get_sample_value("recsys_under_attack") == attack
-    assert record.metrics[DISTRUSTED_ACCOUNTS] == registry.get_sample_value("recsys_accounts_distrusted")
-    assert record.metrics[PUSHED_ITEMS] == 2 * attack
+    newest = newest_metrics(base)
+    assert newest[UNDER_ATTACK] == registry.get_sample_value("recsys_under_attack") == attack
+    assert newest[DISTRUSTED_ACCOUNTS] == registry.get_sample_value("recsys_accounts_distrusted")
+    assert newest[PUSHED_ITEMS] == 2 * attack
     told = [each.getMessage() for each in caplog.records if "under attack" in each.getMessage()]
     if attack:
         assert accounts is not None
@@ -250,12 +260,7 @@ def test_the_trainer_counts_nothing_of_a_crowd_and_everything_otherwise(
         assert not told
         assert learn_all(plain) == weights
     # Wherever a trainer restarts, in the middle of an attack too, and whoever makes a version again, finds the same.
-    monkeypatch.setattr("trainer.daemon.READ_COUNT", 1250)
-    for _ in range(2):
-        with trainer(restarted) as daemon:
-            daemon.start()
-            daemon.step()
-    learn_all(restarted)
+    learn_with_restarts(restarted, monkeypatch, 1250)
     assert versions(restarted) == versions(base)
     with connect(base) as client:
         assert Rebuild(client, base, CPU).run(head(base)[0]).equal
@@ -263,7 +268,11 @@ def test_the_trainer_counts_nothing_of_a_crowd_and_everything_otherwise(
 
 def test_a_learner_is_restored_with_its_crowd(settings: Settings) -> None:
     first, second = (Learner(small(settings), CPU) for _ in range(2))
+    first.allocate([f"item-{number}" for number in range(MOST_PUSHED)])
     served, own = first.write_all()
+    own.dense[CROWD][-1] = MOST_PUSHED + 1
+    with pytest.raises(CorruptWeights, match="crowd does not fit"):
+        second.restore(served, own)
     own.dense[CROWD][:] = np.arange(1 + MOST_PUSHED)
     second.restore(served, decode(encode(own)))
     assert second.crowd.pushed.tolist() == list(range(1, 1 + MOST_PUSHED))

@@ -326,6 +326,7 @@ def test_the_warm_up_is_nobody_s_answer(base: Settings) -> None:
     with following(base) as here:
         here.follower.step(0)
         assert here.follower.ready.is_set()
+        assert here.scorer.warm
         assert here.observed("accepted_to_answered") == 0
 
 

@@ -14,7 +14,19 @@ import pytest
 import redis
 import torch
 from calls import SECONDS, violations
-from learning import CPU, append, fork, head, learn_all, make_feedback, small, tick, trainer, versions
+from learning import (
+    CPU,
+    append,
+    fork,
+    head,
+    learn_all,
+    learn_with_restarts,
+    make_feedback,
+    small,
+    tick,
+    trainer,
+    versions,
+)
 from serving import Running, serve
 
 from recsys.accounts import NOBODY, account, place
@@ -307,12 +319,7 @@ def test_behind_a_forgotten_account_all_is_learned_bit_for_bit(
     for each in (base, untold):
         learn_all(each)
     assert versions(untold) != versions(base)
-    monkeypatch.setattr("trainer.daemon.READ_COUNT", 41)
-    for _ in range(2):
-        with trainer(restarted) as daemon:
-            daemon.start()
-            daemon.step()
-    learn_all(restarted)
+    learn_with_restarts(restarted, monkeypatch, 41)
     assert versions(restarted) == versions(base)
     assert Rebuild(store, base, CPU).run(head(base)[0]).equal
 

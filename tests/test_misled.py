@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from learning import CPU, START_MS, append, fork, learn_all, small, trainer, versions
+from learning import CPU, START_MS, append, fork, learn_with_restarts, small, trainer, versions
 from prometheus_client import CollectorRegistry
 
 from recsys.feedback import Feedback
@@ -202,12 +202,7 @@ def test_what_followed_items_fades_after_a_change_alone_and_every_trainer_does_t
         registry.get_sample_value("recsys_drift_score", measure) == records[-1].metrics["drift_transitions_fading_gain"]
     )
     # Wherever a trainer restarts, within a block of choices too, it finds the same.
-    monkeypatch.setattr("trainer.daemon.READ_COUNT", 700)
-    for _ in range(2):
-        with trainer(restarted) as daemon:
-            daemon.start()
-            daemon.step()
-    learn_all(restarted)
+    learn_with_restarts(restarted, monkeypatch, 700)
     assert versions(restarted) == versions(base)
 
 

@@ -304,6 +304,16 @@ def test_before_the_first_weights_feedback_is_taken_and_recommending_is_not(sett
         assert running.value("recsys_requests_rejected_total", reason="not_ready") == 2
 
 
+def test_who_asks_while_the_first_weights_are_tried_is_refused_at_once(settings: Settings) -> None:
+    """To wait for it could take a minute, and every batch after it would be expected to."""
+    with serve(settings) as running:
+        running.scorer.warming = True
+        check_refusal(lambda: recommend(running), grpc.StatusCode.UNAVAILABLE, "WEIGHTS_NOT_LOADED")
+        assert not running.scorer.batches
+        running.scorer.warming = False
+        assert recommend(running).version == 1
+
+
 def test_a_full_log_refuses_feedback(settings: Settings) -> None:
     with serve(settings.model_copy(update={"log_max_bytes": 1 << 16})) as running:
         assert log(running, *[click("i" * 200)] * 1000).accepted == 1000

@@ -7,7 +7,19 @@ import math
 
 import numpy as np
 import pytest
-from learning import CPU, START_MS, append, fork, head, learn_all, small, trainer, versions
+from learning import (
+    CPU,
+    START_MS,
+    append,
+    fork,
+    head,
+    learn_all,
+    learn_with_restarts,
+    newest_metrics,
+    small,
+    trainer,
+    versions,
+)
 from prometheus_client import CollectorRegistry
 
 from recsys.accounts import NOBODY, PLACES, account
@@ -16,7 +28,7 @@ from recsys.errors import CorruptWeights
 from recsys.feedback import Feedback
 from recsys.settings import Settings
 from recsys.store.connection import connect
-from recsys.weights import WeightStore, decode, encode
+from recsys.weights import decode, encode
 from trainer.learner import Learner
 from trainer.rebuild import Rebuild
 from trainer.trust import (
@@ -253,22 +265,10 @@ def test_the_trainer_counts_nothing_of_lost_accounts_and_everything_otherwise(
         assert trusted.all()
         assert counted == COUNT
     # Wherever a trainer restarts, in the middle of an attack too, and whoever makes a version again, finds the same.
-    monkeypatch.setattr("trainer.daemon.READ_COUNT", 1150)
-    for _ in range(2):
-        with trainer(restarted) as daemon:
-            daemon.start()
-            daemon.step()
-    learn_all(restarted)
+    learn_with_restarts(restarted, monkeypatch, 1150)
     assert versions(restarted) == versions(base)
     with connect(base) as client:
         assert Rebuild(client, base, CPU).run(head(base)[0]).equal
-
-
-def newest_metrics(settings: Settings) -> dict[str, float]:
-    with connect(settings) as client:
-        record = WeightStore(client, settings).head()
-    assert record is not None
-    return dict(record.metrics)
 
 
 def test_an_attack_is_told_of_when_it_begins_and_when_it_is_over(

@@ -136,15 +136,20 @@ class Crowd:
         """Copy all that is remembered, by name."""
         return {CROWD: self._memory.copy()} if self._on else {}
 
-    def check(self, dense: Mapping[str, NDArray[np.generic]]) -> None:
-        """Refuse what does not fit; what an earlier release wrote has nothing of it.
+    def check(self, dense: Mapping[str, NDArray[np.generic]], rows_R: Integers) -> None:
+        """Refuse what does not fit a table of these rows; what an earlier release wrote has nothing of it.
 
         Raises:
             CorruptWeights: nothing was changed.
         """
-        found = dense.get(CROWD, self._memory)
+        if CROWD not in dense:
+            return
+        found = dense[CROWD]
         fits = found.shape == self._memory.shape and found.dtype == self._memory.dtype
-        if not fits or (found.astype(np.int64) < 0).any():
+        if fits:
+            accounts, pushed_P = found.astype(np.int64)[0], found[1:]
+            fits = accounts >= 0 and bool((np.isin(pushed_P, rows_R) | (pushed_P == PADDING_ROW)).all())
+        if not fits:
             raise CorruptWeights(f"{CROWD} does not fit: {found.dtype.name}{found.shape}")
 
     def restore(self, dense: Mapping[str, NDArray[np.generic]]) -> None:

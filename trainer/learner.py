@@ -357,7 +357,7 @@ class Learner:
             fits(name, own.columns[name], (len(own.rows), *column.shape[1:]), column.dtype)
         self.drift.check(own.dense)
         self.trust.check(own.dense)
-        self.crowd.check(own.dense)
+        self.crowd.check(own.dense, own.rows)
         known = (STEPS, FOLLOWED, DRIFT, MISLED, CATEGORY_MEMORY, TRUST, ACCOUNTS, CROWD)
         self.strategies.check({name: array for name, array in own.dense.items() if name not in known})
 

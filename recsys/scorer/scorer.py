@@ -60,6 +60,8 @@ class Scorer:
         # Called with a version after the first answer that it gave.
         self.on_first_answer: Callable[[int], None] = lambda version: None
         self._unanswered = False
+        # Whether batches of every size have run: a first one may wait a minute for the compiler.
+        self.warm = False
 
     @property
     def status(self) -> Status:
@@ -212,6 +214,7 @@ class Scorer:
         """Score made-up batches, so that the first real request does not pay for lazy initialisation."""
         for size in WARM_UP_SIZES:
             self._answer([Query(history=())] * size, _now_ms())
+        self.warm = True
 
     def answer(self, queries: Sequence[Query], now_ms: int | None = None) -> list[Answer]:
         """Answer a batch; queries for recommendations and for candidates may be mixed.

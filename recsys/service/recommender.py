@@ -223,7 +223,8 @@ class Recommender:
 
     def _admit(self, deadline: float) -> None:
         """Refuse what cannot be answered before it is looked at: under overload that is most of what comes."""
-        if self._scorer.version == 0:
+        if not self._scorer.warm:
+            # Who waited for that would let the batcher expect as much of every batch.
             raise NotReady("the first weights are not loaded yet")
         self._scoring.admit(deadline)
 
