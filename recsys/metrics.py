@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 import recsys
 from recsys.call_metrics import CallMetrics
 from recsys.recommendation_id import RecommendationId
-from recsys.served_lists import OTHER, ServedLists
+from recsys.served_lists import OTHER, Rows, ServedLists
 from recsys.stages import FRESHNESS_BUCKETS, FRESHNESS_HELP, FRESHNESS_METRIC, SERVER_STAGES, ServerStage
 from recsys.store.inspection import FILES, Files
 from recsys.tls import CERTIFICATES
@@ -158,9 +158,9 @@ class ServerMetrics:
         """Return what counts the lists that were served."""
         return self._lists
 
-    def recommended(self, item_ids: Sequence[str], sources: Sequence[int], seconds: float) -> None:
-        """Count the items of one answer, best first, by their recsys.v1.Source, and time the answer."""
-        self._lists.shown(item_ids, sources, seconds)
+    def recommended(self, rows: Rows, sources: Sequence[int], seconds: float) -> None:
+        """Count the items of one answer, by their rows, best first, by their recsys.v1.Source, and time the answer."""
+        self._lists.shown(rows, sources, seconds)
 
     def recommendation_feedback(
         self, found: RecommendationId | None, item_id: str, served_version: int, *, positive: bool

@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,8 +42,9 @@ ITEMS_KEPT = 10
 # The most chosen items of the catalogue: this share of them.
 HEAD_SHARE = 0.01
 
-# How often each row of the item table was chosen, and the rows of the items asked for.
-Popularity = tuple[NDArray[np.float32], NDArray[np.int64]]
+# Rows of the item table, or how often the item of each was chosen.
+Rows = NDArray[np.int64]
+Chosen = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +59,21 @@ class Variety:
     head: float = math.nan
 
 
-def variety(lists: Iterable[Sequence[str]], popularity: Callable[[Sequence[str]], Popularity]) -> Variety:
-    """Measure lists of items against how often every item was chosen; an item counts as often as it is in them.
+def variety(lists: Sequence[Rows], chosen_I: Chosen) -> Variety:
+    """Measure lists of items, by row, against how often every item was chosen; one counts as often as it is in them.
 
     One never chosen counts as chosen once, so that its novelty is finite.
     """
-    rows_of: dict[str, int] = {}
-    shown = [rows_of.setdefault(item_id, len(rows_of)) for item_id in chain.from_iterable(lists)]
-    if not shown:
+    shown = np.concatenate([np.zeros(0, np.int64), *lists])
+    if not len(shown):
         return Variety()
-    chosen_I, row_U = popularity(list(rows_of))
+    row_U, times_U = np.unique(shown, return_counts=True)
     # Row 0 stands for no item; a table may be replaced by a smaller one between two looks.
     known_U = (row_U > 0) & (row_U < len(chosen_I))
+    row_U, times_U = row_U[known_U], times_U[known_U]
     items, total = len(chosen_I) - 1, float(chosen_I[1:].sum(dtype=np.float64))
-    times_U = np.bincount(shown)[known_U]
-    chosen_U = chosen_I[row_U[known_U]]
-    if not times_U.sum() or not total:
+    chosen_U = chosen_I[row_U]
+    if not len(row_U) or not total:
         return Variety(coverage=len(times_U) / items if items > 0 else math.nan)
     head = max(1, int(items * HEAD_SHARE))
     least = max(1.0, np.partition(chosen_I[1:], items - head)[items - head])
@@ -89,12 +88,12 @@ def variety(lists: Iterable[Sequence[str]], popularity: Callable[[Sequence[str]]
 class ServedLists(Collector):
     """Count the items of answers and the feedback on them; safe to call from any thread.
 
-    `popularity`, once set, tells how often every item was chosen and which rows the given items have.
+    `chosen`, once set, tells how often the item of each row was chosen; a row counts as the item that has it then.
     """
 
     def __init__(self, registry: CollectorRegistry, edges: Sequence[float] = ()) -> None:
         """Export through `registry`; `edges` are those of the histogram of how long answers took, in seconds."""
-        self.popularity: Callable[[Sequence[str]], Popularity] | None = None
+        self.chosen: Callable[[], Chosen] | None = None
         self._lock = threading.Lock()
         self._sources = (*SOURCES.values(), OTHER)
         self._source_index = {number: i for i, number in enumerate(SOURCES)}
@@ -104,11 +103,11 @@ class ServedLists(Collector):
         # Feedback on items by source and position, those that were not in their answer last; by how old the answer was.
         self._feedback = [[0] * (places + 1) for _ in OUTCOMES]
         self._behind = [[0] * (len(BEHIND) + 1) for _ in OUTCOMES]
-        self._lists: deque[tuple[str, ...]] = deque(maxlen=ANSWERS_KEPT)
+        self._lists: deque[Rows] = deque(maxlen=ANSWERS_KEPT)
         registry.register(self)
 
-    def shown(self, item_ids: Sequence[str], sources: Sequence[int], seconds: float) -> None:
-        """Count one answer's items, best first, each with its recsys.v1.Source, and time the answer."""
+    def shown(self, rows: Rows, sources: Sequence[int], seconds: float) -> None:
+        """Count one answer's items, by their rows, best first, each with its recsys.v1.Source, and time the answer."""
         other = len(self._sources) - 1
         index, counts, groups = self._source_index, self._shown, len(POSITIONS)
         with self._lock:
@@ -118,7 +117,7 @@ class ServedLists(Collector):
             for source in sources[len(_GROUPS) :]:
                 counts[index.get(source, other) * groups + _LAST_GROUP] += 1
             self._seconds.observe(seconds)
-            self._lists.append(tuple(item_ids[:ITEMS_KEPT]))
+            self._lists.append(rows[:ITEMS_KEPT])
 
     def feedback(self, found: RecommendationId | None, item_id: str, served_version: int, *, positive: bool) -> None:
         """Count feedback that came with a recommendation_id, `found` is None where that says nothing."""
@@ -173,8 +172,8 @@ class ServedLists(Collector):
                     behind.add_metric([name, outcome], count)
         return [took, shown, done, behind, *self._variety(lists)]
 
-    def _variety(self, lists: list[tuple[str, ...]]) -> list[Metric]:
-        found = variety(lists, self.popularity) if self.popularity else Variety()
+    def _variety(self, lists: list[Rows]) -> list[Metric]:
+        found = variety(lists, self.chosen()) if self.chosen else Variety()
         of = f"in the first {ITEMS_KEPT} places of this process's last {ANSWERS_KEPT} answers; NaN until measured."
         return [
             GaugeMetricFamily(name, f"{help_} {of}", value=value)

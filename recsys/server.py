@@ -247,7 +247,7 @@ def assemble(settings: Settings, shared: SharedWeights | None = None) -> Parts:
     device = choose("cpu" if shared else settings.device)
     scorer = Scorer(settings, mirror, device, shared)
     metrics = ServerMetrics(registry)
-    metrics.lists.popularity = scorer.popularity
+    metrics.lists.chosen = scorer.chosen
     return Parts(scorer, Follower(settings, scorer, mirror, metrics), mirror, registry, metrics)
 
 

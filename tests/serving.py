@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from recsys.catalog import Catalog, CatalogMirror
 from recsys.metrics import ServerMetrics
-from recsys.scorer import Answer, Query, ScoredItem, ScoreParts, Scores
+from recsys.scorer import Answer, Lists, Query, RankedItems, ScoredItem, ScoreParts, Scores
+from recsys.scorer.ids import Ids
 from recsys.server import Parts, Server
 from recsys.settings import Settings
 from recsys.store.connection import connect
@@ -82,16 +83,15 @@ class PlainScorer:
         found = (item_id for item_id in ITEMS if item_id not in query.exclude and item_id not in seen)
         chosen = list(islice(found, query.count))
         because = history[-1].item_id if history else None
-        sources = [recommender_pb2.SOURCE_TRANSITION, recommender_pb2.SOURCE_NETWORK] if because else []
-        return [
-            ScoredItem(
-                item_id,
-                -float(rank),
-                sources[rank] if rank < len(sources) else recommender_pb2.SOURCE_TRENDING,
-                because if rank == 0 else None,
-            )
-            for rank, item_id in enumerate(chosen)
-        ]
+        ids = Ids(["", *chosen, because or ""])
+        rows_BM = 1 + np.arange(len(chosen))[None]
+        sources_BM, because_BM = np.full_like(rows_BM, recommender_pb2.SOURCE_TRENDING), np.zeros_like(rows_BM)
+        if because:
+            told = [recommender_pb2.SOURCE_TRANSITION, recommender_pb2.SOURCE_NETWORK][: len(chosen)]
+            sources_BM[0, : len(told)], because_BM[0, :1] = told, 1 + len(chosen)
+        scores_BM = np.float32(1) - rows_BM.astype(np.float32)
+        wanted_B = np.array([query.count])
+        return RankedItems(Lists.of(ids.index, rows_BM, scores_BM, sources_BM, because_BM, wanted_B), 0)
 
 
 @dataclass

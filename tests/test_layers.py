@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("recsys.v1", "recsys.store.v1", "recsys.errors", "recsys.stages", "recsys.tls"),
         "recsys.accounts",
-        *("recsys.recommendation_id", "recsys.condition", "recsys.collector"),
+        *("recsys.condition", "recsys.collector"),
     ),
     (
         "recsys.settings",
@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("recsys.encoding", "recsys.batcher", "recsys.audience", "recsys.feedback_file"),
     ),
     (
+        "recsys.recommendation_id",
         "recsys.store",
         "recsys.histories",
         "recsys.feedback_log",

@@ -12,6 +12,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -243,7 +244,7 @@ def test_callers_cannot_invent_series(registry: CollectorRegistry) -> None:
         metrics.feedback_refused(f"field_{i}", 1)
         metrics.rejected(f"reason_{i}")
         metrics.weights_reloaded(f"reason_{i}")
-        metrics.recommended([f"item-{i}"], [100 + i], 0.1)
+        metrics.recommended(np.array([i]), [100 + i], 0.1)
         shown = issue(10**i, [f"item-{i}"], [i % 4])
         metrics.recommendation_feedback(parse(shown), f"item-{i}", 10**9, positive=True)
         metrics.recommendation_feedback(parse(f"invented-{i}"), f"item-{i}", 10**9, positive=False)
@@ -259,7 +260,7 @@ def test_server_values(registry: CollectorRegistry) -> None:
     metrics.feedback_accepted(3)
     metrics.feedback_duplicate(2)
     metrics.feedback_refused("item_id", 4)
-    metrics.recommended(list("abcd"), [1, 2, 1, 3], 0.02)
+    metrics.recommended(np.arange(1, 5), [1, 2, 1, 3], 0.02)
     metrics.scored("empty", 2)
     metrics.batch_scored(5)
     waiting = [1, 2]

@@ -23,12 +23,12 @@ from recsys.store.connection import connect
 from recsys.store.v1.weights_pb2 import VersionRecord
 
 CHOSEN = (0, 40, 0, 7, 1, 300, 12, 3)
-ITEMS = tuple(f"i{row}" for row in range(1, len(CHOSEN)))
+CATALOGUE = np.array(CHOSEN, np.float32)
+ROWS = range(1, len(CHOSEN))
 
 
-def popularity(item_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    rows = [ITEMS.index(item_id) + 1 if item_id in ITEMS else 0 for item_id in item_ids]
-    return np.array(CHOSEN, np.float32), np.array(rows, np.int64)
+def rows(*each: int) -> np.ndarray:
+    return np.array(each, np.int64)
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
@@ -37,54 +37,49 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
     return found
 
 
-def reference(lists: Sequence[Sequence[str]]) -> Variety:
+def reference(lists: Sequence[Sequence[int]]) -> Variety:
     """The same by loops: the catalogue is too small for its most chosen hundredth to be more than one item."""
-    slots = [item_id for each in lists for item_id in each if item_id in ITEMS]
+    slots = [row for each in lists for row in each if row in ROWS]
     if not any(lists):
         return Variety()
     if not slots:
         return Variety(0.0)
-    chosen = {item_id: CHOSEN[row] for row, item_id in enumerate(ITEMS, 1)}
-    bits = [-math.log(max(1, chosen[item_id]) / sum(CHOSEN), 2) for item_id in slots]
-    top = [chosen[item_id] == max(CHOSEN) for item_id in slots]
-    return Variety(len(set(slots)) / len(ITEMS), sum(bits) / len(slots), sum(top) / len(slots))
+    bits = [-math.log(max(1, CHOSEN[row]) / sum(CHOSEN), 2) for row in slots]
+    top = [CHOSEN[row] == max(CHOSEN) for row in slots]
+    return Variety(len(set(slots)) / len(ROWS), sum(bits) / len(slots), sum(top) / len(slots))
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.sampled_from((*ITEMS, "unknown")), max_size=6), max_size=6))
-def test_variety_equals_a_loop_at_every_prefix(lists: list[list[str]]) -> None:
+@given(st.lists(st.lists(st.integers(0, len(CHOSEN)), max_size=6), max_size=6))
+def test_variety_equals_a_loop_at_every_prefix(lists: list[list[int]]) -> None:
     for end in range(len(lists) + 1):
-        found, expected = variety(lists[:end], popularity), reference(lists[:end])
+        found, expected = variety([rows(*each) for each in lists[:end]], CATALOGUE), reference(lists[:end])
         for name in ("coverage", "novelty_bits", "head"):
             assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6, nan_ok=True), name
 
 
 def test_the_head_is_a_hundredth_of_the_catalogue() -> None:
     chosen = np.arange(501, dtype=np.float32)
-
-    def of(item_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return chosen, np.array([int(item_id) for item_id in item_ids])
-
-    assert variety([["500", "499", "498", "497", "496", "495"]], of).head == pytest.approx(5 / 6)
+    assert variety([rows(500, 499, 498, 497, 496, 495)], chosen).head == pytest.approx(5 / 6)
 
 
 def test_without_anything_chosen_only_coverage_is_known() -> None:
-    found = variety([["a"]], lambda item_ids: (np.zeros(5, np.float32), np.array([2])))
+    found = variety([rows(2)], np.zeros(5, np.float32))
     assert found.coverage == 0.25
     assert math.isnan(found.novelty_bits)
     assert math.isnan(found.head)
 
 
 def test_a_row_beyond_a_table_that_shrank_counts_as_unknown() -> None:
-    assert variety([["a"]], lambda item_ids: (np.zeros(5, np.float32), np.array([5]))).coverage == 0
+    assert variety([rows(5)], np.zeros(5, np.float32)).coverage == 0
 
 
 def test_items_are_counted_by_source_and_position() -> None:
     registry = CollectorRegistry()
     lists = ServedLists(registry)
-    lists.shown([f"a{n}" for n in range(13)], [1, 2, 3, *[1] * 9, 99], 0.01)
-    lists.shown(["a"], [2], 0.01)
-    lists.shown([], [], 0.01)
+    lists.shown(rows(*range(1, 14)), [1, 2, 3, *[1] * 9, 99], 0.01)
+    lists.shown(rows(1), [2], 0.01)
+    lists.shown(rows(), [], 0.01)
     expected = {
         **{("network", "1"): 1, ("transition", "1"): 1, ("transition", "2"): 1, ("trending", "3"): 1},
         **{("network", "4-5"): 2, ("network", "6-10"): 5, ("network", "11+"): 2, ("other", "11+"): 1},
@@ -126,14 +121,14 @@ def test_variety_is_that_of_the_first_items_of_the_last_answers() -> None:
     registry = CollectorRegistry()
     lists = ServedLists(registry)
     assert math.isnan(value(registry, "recsys_recommended_coverage_ratio"))
-    lists.shown(["i5"], [1], 0.01)
+    lists.shown(rows(5), [1], 0.01)
     assert math.isnan(value(registry, "recsys_recommended_coverage_ratio"))
-    lists.popularity = popularity
+    lists.chosen = lambda: CATALOGUE
     assert value(registry, "recsys_recommended_coverage_ratio") == pytest.approx(1 / 7)
     assert value(registry, "recsys_recommended_novelty") == pytest.approx(-math.log2(300 / 363))
     assert value(registry, "recsys_recommended_head_ratio") == 1
     for _ in range(ANSWERS_KEPT):
-        lists.shown([*["i1"] * ITEMS_KEPT, "i5"], [1] * (ITEMS_KEPT + 1), 0.01)
+        lists.shown(rows(*[1] * ITEMS_KEPT, 5), [1] * (ITEMS_KEPT + 1), 0.01)
     assert value(registry, "recsys_recommended_coverage_ratio") == pytest.approx(1 / 7)
     assert value(registry, "recsys_recommended_head_ratio") == 0
 
@@ -145,7 +140,7 @@ def test_nothing_is_lost_between_threads() -> None:
 
     def work() -> None:
         for _ in range(2000):
-            lists.shown(["a"], [1], 0.01)
+            lists.shown(rows(1), [1], 0.01)
             lists.feedback(recommendation, "a", 1, positive=True)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -164,17 +159,15 @@ def test_a_scorer_tells_how_often_items_were_chosen(settings: Settings) -> None:
     settings = small(settings)
     with connect(settings) as client:
         scorer = Scorer(settings, CatalogMirror(Catalog(client, settings)), CPU)
-        chosen_I, row_U = scorer.popularity(["a"])
-        assert (chosen_I.tolist(), row_U.tolist()) == ([0.0], [0])
-        assert math.isnan(variety([["a"]], scorer.popularity).coverage)
+        assert scorer.chosen().tolist() == [0.0]
+        assert math.isnan(variety([rows(1)], scorer.chosen()).coverage)
         feedback = make_feedback(64)
         append(settings, feedback)
         learn_all(settings)
-        scorer.take(VersionRecord(version=1), replica(settings), 0)
+        held = replica(settings)
+        scorer.take(VersionRecord(version=1), held, 0)
     positive = {each.name for each in settings.classes if each.positive}
     items = sorted({each.item_id for each in feedback})
-    chosen_I, row_U = scorer.popularity([*items, "unknown"])
-    assert row_U[-1] == 0
-    assert chosen_I[row_U[:-1]].tolist() == [
+    assert scorer.chosen()[held.table.look_up(items)].tolist() == [
         sum(each.item_id == item and each.feedback_class in positive for each in feedback) for item in items
     ]

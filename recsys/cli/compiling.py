@@ -6,6 +6,7 @@ import torch
 
 from recsys.catalog import Catalog, CatalogMirror
 from recsys.scorer import Scorer
+from recsys.service.responses import RecommendResponses
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.store.v1.weights_pb2 import VersionRecord
@@ -22,6 +23,8 @@ def compile_loops(settings: Settings) -> None:
         replica = Replica(chosen, device)
         replica.table.allocate(["one", "two"])
         with connect(chosen) as client:
-            scorer = Scorer(chosen, CatalogMirror(Catalog(client, chosen)), device)
+            mirror = CatalogMirror(Catalog(client, chosen))
+            scorer = Scorer(chosen, mirror, device)
+            scorer.on_warm_up = RecommendResponses(mirror, chosen.max_id_bytes).of
             scorer.load(VersionRecord(version=1), replica.write_all(), 0)
             scorer.warm_up()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from recsys.catalog import CatalogMirror
 from recsys.errors import NotReady
@@ -18,7 +19,6 @@ from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
 from recsys.scorer.search import Search
 from recsys.scorer.served import Served
-from recsys.served_lists import Popularity
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import NewItems, WeightPayload
@@ -59,6 +59,8 @@ class Scorer:
         self._served: Served | None = None
         # Called with a version after the first answer that it gave.
         self.on_first_answer: Callable[[int], None] = lambda version: None
+        # Called with made-up answers, by whoever makes more of them.
+        self.on_warm_up: Callable[[Answer], object] = lambda answer: None
         self._unanswered = False
         # Whether batches of every size have run: a first one may wait a minute for the compiler.
         self.warm = False
@@ -197,23 +199,23 @@ class Scorer:
             self._ids = Ids(replica.table.item_ids)
         self._ids_of = of
 
-    def popularity(self, item_ids: Sequence[str]) -> Popularity:
-        """Return how often each row of the item table was chosen, and the rows of `item_ids`, 0 where there is none.
+    def chosen(self) -> NDArray[np.float32]:
+        """Return how often the item of each row of the item table was chosen.
 
         Keeps no batch waiting: while another version is put in place this may be of both.
         """
         replica = self._replica
         if replica is None:
-            return np.zeros(1, np.float32), np.zeros(len(item_ids), np.int64)
-        table = replica.table
+            return np.zeros(1, np.float32)
         # Synchronises with the GPU: when Prometheus asks.
-        chosen_I = table.column("total").cpu().numpy()
-        return chosen_I, np.array([table.row(item_id) for item_id in item_ids], np.int64)
+        chosen_I: NDArray[np.float32] = replica.table.column("total").cpu().numpy()
+        return chosen_I
 
     def warm_up(self) -> None:
         """Score made-up batches, so that the first real request does not pay for lazy initialisation."""
         for size in WARM_UP_SIZES:
-            self._answer([Query(history=())] * size, _now_ms())
+            for answer in self._answer([Query(history=())] * size, _now_ms()):
+                self.on_warm_up(answer)
         self.warm = True
 
     def answer(self, queries: Sequence[Query], now_ms: int | None = None) -> list[Answer]:

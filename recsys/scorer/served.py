@@ -21,11 +21,12 @@ from recsys.network import WORTH_FLOOR
 from recsys.scorer.encoder import Encoder
 from recsys.scorer.ids import Ids
 from recsys.scorer.items import Items
+from recsys.scorer.lists import Lists, RankedItems
 from recsys.scorer.parts import Floats, Longs, Parts, apart, contested, in_final_order, log_worth
-from recsys.scorer.query import Query, ScoredItem, Scores
+from recsys.scorer.query import Query, Scores
 from recsys.scorer.ranking import Ranking
 from recsys.scorer.reading import read
-from recsys.scorer.retrieval import HIDDEN, Found, Hidden, Known, Own, Retrieval
+from recsys.scorer.retrieval import Found, Hidden, Known, Own, Retrieval
 from recsys.scorer.search import Search
 from recsys.scorer.user_rates import UserRates
 from recsys.settings import Settings
@@ -93,7 +94,7 @@ class Served:
         self._retrieval = retrieval
         retrieval.install(items, replica.table)
 
-    def recommend(self, queries: Sequence[Query], now_ms: int) -> list[list[ScoredItem]]:
+    def recommend(self, queries: Sequence[Query], now_ms: int) -> list[RankedItems]:
         """Return the best items for each query that names no candidates."""
         users = self._users(queries, now_ms)
         keep = max(CANDIDATES, *(query.count for query in queries))
@@ -101,18 +102,11 @@ class Served:
         found = self._retrieval.find(
             users.weights_BP, users.states_BD, users.latest_BK, hidden, self._own(queries, users.seen), keep
         )
-        final_BM, chosen_BM = self._order(users, found, np.array([query.count for query in queries]))
+        wanted_B = np.array([query.count for query in queries])
+        final_BM, chosen_BM = self._order(users, found, wanted_B)
         parts = self._apart(users, torch.from_numpy(chosen_BM).to(self._device), found.known)
-        columns = [array.tolist() for array in (chosen_BM, final_BM, parts.sources_BK, parts.because_BK)]
-        item_ids = self._table.item_ids
-        return [
-            [
-                ScoredItem(item_ids[row], score, source, item_ids[why] if why else None)
-                for row, score, source, why in zip(*each, strict=True)
-                if score > HIDDEN / 2
-            ][: query.count]
-            for query, *each in zip(queries, *columns, strict=True)
-        ]
+        lists = Lists.of(self._ids.index, chosen_BM, final_BM, parts.sources_BK, parts.because_BK, wanted_B)
+        return [RankedItems(lists, user) for user in range(len(queries))]
 
     def score(self, queries: Sequence[Query], now_ms: int) -> list[Scores]:
         """Return the scores of each query's candidates, in its order."""

@@ -18,11 +18,11 @@ from recsys.feedback_log import Appended, FeedbackLog
 from recsys.histories import Histories
 from recsys.logs import Summary, tell
 from recsys.metrics import ServerMetrics
-from recsys.recommendation_id import issue, parse
-from recsys.scorer import Answer, Explanation, Query, ScoredItem, Scorer, Scores, explain
+from recsys.recommendation_id import parse
+from recsys.scorer import Answer, Explanation, Query, RankedItems, Scorer, Scores, explain
 from recsys.service import validation
 from recsys.service.edge import Pending
-from recsys.service.responses import score_response, scored_item
+from recsys.service.responses import RecommendResponses, score_response, scored_item
 from recsys.service.store_calls import StoreCalls
 from recsys.settings import Settings
 from recsys.v1 import recommender_pb2
@@ -119,7 +119,8 @@ class Recommender:
     ) -> None:
         self._settings = settings
         self._scorer = scorer
-        self._mirror = mirror
+        self._responses = RecommendResponses(mirror, settings.max_id_bytes)
+        scorer.on_warm_up = self._responses.of
         self._scoring = scoring
         self._appending = appending
         self._histories = histories
@@ -145,24 +146,14 @@ class Recommender:
         future = self._score(Question(request.user_id, query), deadline)
         return Pending(future, lambda answer: self._recommended(answer, started))
 
-    def _recommended(self, answer: Answer, started: float) -> recommender_pb2.RecommendResponse:
-        item_ids, sources = [item.item_id for item in answer.items], [item.source for item in answer.items]
-        response = recommender_pb2.RecommendResponse(
-            recommendation_id=issue(answer.version, item_ids, sources, self._settings.max_id_bytes),
-            version=answer.version,
-        )
-        add = response.items.add
-        for item in answer.items:
-            add(
-                item_id=item.item_id,
-                score=item.score,
-                source=item.source,
-                reason=_reason(item, self._mirror),
-            )
-        self._metrics.recommended(item_ids, sources, time.perf_counter() - started)
+    def _recommended(self, answer: Answer, started: float) -> bytes:
+        assert isinstance(answer.items, RankedItems)
+        response = self._responses.of(answer)
+        self._metrics.recommended(answer.items.rows, answer.items.sources, time.perf_counter() - started)
         if _log.isEnabledFor(logging.DEBUG):
-            named, version = response.recommendation_id, answer.version
-            tell(_log, logging.DEBUG, "recommended", recommendation_id=named, version=version, items=len(item_ids))
+            named = recommender_pb2.RecommendResponse.FromString(response).recommendation_id
+            told = {"recommendation_id": named, "version": answer.version, "items": len(answer.items)}
+            tell(_log, logging.DEBUG, "recommended", **told)
         return response
 
     def Score(self, request: recommender_pb2.ScoreRequest, deadline: float) -> Pending:
@@ -249,16 +240,6 @@ class Recommender:
                 if _log.isEnabledFor(logging.DEBUG):
                     named, version = feedback.recommendation_id, found.version if found else None
                     tell(_log, logging.DEBUG, "feedback on a recommendation", recommendation_id=named, version=version)
-
-
-def _reason(item: ScoredItem, mirror: CatalogMirror) -> str:
-    if item.source == recommender_pb2.SOURCE_TRANSITION:
-        if item.because is None:
-            return "often follows what is in your history"
-        return f"often follows '{mirror.title(item.because) or item.because}' in your history"
-    if item.source == recommender_pb2.SOURCE_NETWORK:
-        return "fits what you chose recently"
-    return "chosen by many at present"
 
 
 def _scored(answer: Answer) -> bytes:
