@@ -132,6 +132,8 @@ class Batcher(Generic[Item, Result]):
         self._queue: OrderedDict[Future[Result], _Waiting[Item]] = OrderedDict()
         self._waiting_size = 0
         self._pace = Pace()
+        # The largest size of the next batch.
+        self._limit = max_batch
         self._stretch = Stretch()
         # When the batch in work began, and when it is expected to end.
         self._started: float | None = None
@@ -208,7 +210,7 @@ class Batcher(Generic[Item, Result]):
         # An item that meets no other is always taken: were it refused too, nothing would ever correct what is expected.
         meets = self._busy_until is not None or self._queue
         # What fills the next batch is taken on hope: to be late is no worse than to have left the place empty.
-        stretch = self._stretch.factor if self._waiting_size >= self._limit() else 1.0
+        stretch = self._stretch.factor if self._waiting_size >= self._limit else 1.0
         late = deadline is not None and meets and now < deadline < now + stretch * (wait + seconds)
         if full or late:
             fault = "full" if full else "too long for the deadline"
@@ -217,14 +219,10 @@ class Batcher(Generic[Item, Result]):
 
     def _expect(self, now: float) -> tuple[float, float]:
         """Return how long an item that comes now will wait for its batch, and what that batch will take."""
-        limit = self._limit()
+        limit = self._limit
         before, beside = divmod(self._waiting_size, limit)
         left = max(0.0, self._busy_until - now) if self._busy_until is not None else 0.0
         return left + before * self._pace.expect(limit), self._pace.expect(beside + 1)
-
-    def _limit(self) -> int:
-        """Return the largest size of the next batch."""
-        return self._pace.largest(self._max_seconds, self._max_batch)
 
     def _leave(self, future: Future[Result]) -> None:
         if future.cancelled():
@@ -257,6 +255,7 @@ class Batcher(Generic[Item, Result]):
                     ended = self._clock()
                     self._learn_stretch([waiting for waiting, _ in live], ended)
                     self._pace.add(size, ended - now + self._look_seconds)
+                    self._limit = self._pace.largest(self._max_seconds, self._max_batch)
                     self._look_seconds = 0.0
                     self._started = self._busy_until = None
 
@@ -271,7 +270,7 @@ class Batcher(Generic[Item, Result]):
         self._gather()
         with self._changed:
             batch: list[tuple[Future[Result], _Waiting[Item]]] = []
-            total, limit = 0, self._limit()
+            total, limit = 0, self._limit
             while self._queue:
                 future, waiting = next(iter(self._queue.items()))
                 total += self._size(waiting.item)

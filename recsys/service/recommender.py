@@ -28,6 +28,7 @@ from recsys.settings import Settings
 from recsys.v1 import recommender_pb2
 
 DEFAULT_COUNT = 10
+NOTHING: frozenset[str] = frozenset()
 # After a failed read the store is left alone for this many times as long as the failure took: a store that hangs
 # costs the scoring thread a sixth of its time, one that refuses connections next to nothing.
 PAUSE_PER_FAILURE = 5.0
@@ -138,10 +139,10 @@ class Recommender:
         query = Query(
             history=(),
             count=request.count if request.HasField("count") else DEFAULT_COUNT,
-            exclude=frozenset(request.exclude_item_ids),
+            exclude=frozenset(request.exclude_item_ids) if request.exclude_item_ids else NOTHING,
             allow_seen=request.allow_seen,
             filter=validation.category_filter(request),
-            context=dict(request.context),
+            context=dict(request.context) if request.context else {},
         )
         future = self._score(Question(request.user_id, query), deadline)
         return Pending(future, lambda answer: self._recommended(answer, started))
