@@ -34,7 +34,7 @@ class RowHistory(NamedTuple):
 def row_history(entries: Iterable[HistoryEntry], table: ItemTable, class_index: Mapping[str, int]) -> RowHistory:
     """Look up a history's rows and classes; entries of unknown items or classes are left out."""
     entries = list(entries)
-    rows = table.look_up([entry.item_id for entry in entries])
+    rows = table.look_up([entry.item_id for entry in entries]).tolist()
     classes: list[int | None] = [class_index.get(entry.feedback_class) for entry in entries]
     times_ms = [entry.time_ms for entry in entries]
     if PADDING_ROW in rows or None in classes:
