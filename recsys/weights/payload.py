@@ -8,6 +8,7 @@ eight bytes, so that they are read straight to where they stay.
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from recsys.compiled import compiled_apart
 from recsys.errors import CorruptWeights
 from recsys.item_rows import ItemRows
 from recsys.packed_ids import PackedIds
@@ -32,7 +34,8 @@ _START = struct.Struct("<4sI")
 _MAGIC = b"RWP1"
 _ALIGNMENT = 8
 
-# Asked for the memory that columns of a whole payload are to be read to; those left out get memory of their own.
+# Asked for the memory that columns of a whole payload are to be read to; those left out get memory of their own. It
+# must be zeros; pages where nothing else is to stand are not written to, and so take no memory.
 Place = Callable[[PayloadHeader], Mapping[str, NDArray[Any]]]
 
 
@@ -178,7 +181,7 @@ class Receiver:
         while len(view):
             target = self._targets[self._target]
             part = view[: len(target) - self._filled]
-            target[self._filled : self._filled + len(part)] = part
+            _put(target[self._filled : self._filled + len(part)], part)
             self._filled += len(part)
             view = view[len(part) :]
             if self._filled == len(target):
@@ -232,9 +235,9 @@ class Receiver:
             raise CorruptWeights(f"the header tells of {needed} bytes and {left} follow")
         placed = self._place(header) if self._place is not None else {}
         self._own = [name for name in columns if name not in placed]
-        self._fixed = [np.empty(n, dtype) for n, dtype in zip(counts, (ROW, ROW, ROW, DTYPES["uint8"]), strict=True)]
-        self._dense = {name: _empty(name, *each) for name, each in dense.items()}
-        self._columns = {name: placed[name] if name in placed else _empty(name, *columns[name]) for name in columns}
+        self._fixed = [np.zeros(n, dtype) for n, dtype in zip(counts, (ROW, ROW, ROW, DTYPES["uint8"]), strict=True)]
+        self._dense = {name: _zeros(name, *each) for name, each in dense.items()}
+        self._columns = {name: placed[name] if name in placed else _zeros(name, *columns[name]) for name in columns}
         for array in (*self._fixed, *self._dense.values(), *self._columns.values()):
             padding = memoryview(bytearray(-array.nbytes % _ALIGNMENT))
             self._targets += [each for each in (_view(array), padding) if len(each)]
@@ -282,9 +285,9 @@ def _shapes(tensors: Iterable[Tensor]) -> dict[str, tuple[tuple[int, ...], np.dt
     return shapes
 
 
-def _empty(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _zeros(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     try:
-        return np.empty(shape, dtype)
+        return np.zeros(shape, dtype)
     except ValueError as error:  # more axes, or longer ones beside an empty one, than numpy has
         raise CorruptWeights(f"tensor {name!r}: {error}") from None
 
@@ -321,6 +324,29 @@ def _beginnings(text_T: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
         return None
     begins_T: NDArray[np.bool_] = (text_T & 0xC0) != 0x80
     return begins_T
+
+
+def _put(target: memoryview, part: memoryview) -> None:
+    """Write to memory of zeros."""
+    if len(part) < mmap.PAGESIZE:
+        target[:] = part
+    else:
+        _put_pages(np.frombuffer(target, np.uint8), np.frombuffer(part, np.uint8), mmap.PAGESIZE)
+
+
+@compiled_apart
+def _put_pages(target_N: NDArray[np.uint8], part_N: NDArray[np.uint8], page: int) -> None:
+    """Write to memory of zeros, but to no page of it where nothing but zeros would be written."""
+    first, end = np.int64(0), -np.int64(target_N.ctypes.data) % page
+    while first < len(part_N):
+        if end > len(part_N):
+            end = np.int64(len(part_N))
+        bits = np.uint8(0)
+        for place in range(first, end):
+            bits |= part_N[place]
+        if bits:
+            target_N[first:end] = part_N[first:end]
+        first, end = end, end + page
 
 
 def _padded(size: int) -> int:
