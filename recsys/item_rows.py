@@ -1,7 +1,8 @@
 """ItemRows: which row of the item table is which item's; rows that items have left are given to the next new ones.
 
 Ids are bytes in one buffer, and rows are found by them in compiled code: open addressing with linear probing. A slot
-says a row; one whose row has no item any more, or another, equals no id and stays until all slots are written anew.
+holds a row, and above it half of its id's hash, so that few others are looked at. One whose row has no item any more,
+or another, equals no id and stays until all slots are written anew.
 Shapes: I rows there is room for, R of them, N ids, T bytes of text, S slots.
 """
 
@@ -23,6 +24,7 @@ ROOM = 2
 LEAST_ROWS, LEAST_BYTES = 64, 1024
 # Slots of each row, at least, when they are written, and the share of them that may be taken until they are again.
 SLOTS, FULL = 2, 0.7
+UPPER, LOWER = np.uint64(0xFFFFFFFF00000000), np.uint64(0xFFFFFFFF)
 
 Longs = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -34,7 +36,7 @@ class Index(NamedTuple):
     text_T: Bytes
     start_I: Longs
     length_I: NDArray[np.int32]
-    slot_S: NDArray[np.int32]
+    slot_S: NDArray[np.uint64]
     secret_2: NDArray[np.uint64]
 
 
@@ -193,7 +195,7 @@ class ItemRows:
         start_I, length_I = np.zeros(ROOM * rows + LEAST_ROWS, np.int64), np.zeros(ROOM * rows + LEAST_ROWS, np.int32)
         start_I[: len(ids)], length_I[: len(ids)] = joined.start_N, joined.length_N
         slots = SLOTS * max(self._items + more_ids, LEAST_ROWS)
-        slot_S = np.zeros(1 << (slots - 1).bit_length(), np.int32)
+        slot_S = np.zeros(1 << (slots - 1).bit_length(), np.uint64)
         index = Index(text_T, start_I, length_I, slot_S, self._secret_2)
         self._taken: int = _place(index, len(ids))
         return index
@@ -209,20 +211,22 @@ def _hash(text_T: Bytes, start: Any, length: Any, secret_2: NDArray[np.uint64]) 
 
 
 @compiled_apart
-def _seek(index: Index, wanted_T: Bytes, start: Any, length: Any) -> tuple[Any, Any]:
-    """Return the row of an id, 0 where there is none, and the slot where the look ended."""
+def _seek(index: Index, wanted_T: Bytes, start: Any, length: Any) -> tuple[Any, Any, Any]:
+    """Return the row of an id, 0 where there is none, the slot where the look ended, and the id's half of that."""
     last = np.uint64(len(index.slot_S) - 1)
-    slot = _hash(wanted_T, start, length, index.secret_2) & last
+    found = _hash(wanted_T, start, length, index.secret_2)
+    slot, half = found & last, found & UPPER
     while index.slot_S[slot]:
-        row = index.slot_S[slot]
-        if index.length_I[row] == length:
-            place, first = 0, index.start_I[row]
-            while place < length and index.text_T[first + place] == wanted_T[start + place]:
-                place += 1
-            if place == length:
-                return np.int64(row), slot
+        if index.slot_S[slot] & UPPER == half:
+            row = np.int64(index.slot_S[slot] & LOWER)
+            if index.length_I[row] == length:
+                place, first = 0, index.start_I[row]
+                while place < length and index.text_T[first + place] == wanted_T[start + place]:
+                    place += 1
+                if place == length:
+                    return row, slot, half
         slot = (slot + np.uint64(1)) & last
-    return np.int64(PADDING_ROW), slot
+    return np.int64(PADDING_ROW), slot, half
 
 
 @compiled_apart
@@ -265,14 +269,14 @@ def _add(
     for place in range(len(row_R)):
         row, start, length = row_R[place], start_R[place], length_R[place]
         if length > 0:
-            known, slot = _seek(index, wanted_T, start, length)
+            known, slot, half = _seek(index, wanted_T, start, length)
             if known:
                 return end, taken, True
             for byte in range(length):
                 index.text_T[end + byte] = wanted_T[start + byte]
             # In this order: who looks meanwhile reads nothing but text.
             index.start_I[row], index.length_I[row] = end, length
-            index.slot_S[slot] = row
+            index.slot_S[slot] = half | np.uint64(row)
             taken += 1
             end += length
     return end, taken, False
@@ -284,9 +288,10 @@ def _place(index: Index, rows: int) -> int:
     last, taken = np.uint64(len(index.slot_S) - 1), 0
     for row in range(rows):
         if index.length_I[row] > 0:
-            slot = _hash(index.text_T, index.start_I[row], index.length_I[row], index.secret_2) & last
+            found = _hash(index.text_T, index.start_I[row], index.length_I[row], index.secret_2)
+            slot = found & last
             while index.slot_S[slot]:
                 slot = (slot + np.uint64(1)) & last
-            index.slot_S[slot] = row
+            index.slot_S[slot] = found & UPPER | np.uint64(row)
             taken += 1
     return taken
