@@ -102,7 +102,7 @@ class ItemRows:
 
     def allocate(self, item_ids: Iterable[str]) -> list[tuple[str, int]]:
         """Give a row to each item that has none, in the order given, free ones first; return those with their rows."""
-        ids = list(item_ids)
+        ids = PackedIds.of(item_ids)
         unknown = np.flatnonzero(self.look_up(ids) == PADDING_ROW).tolist()
         if not unknown:
             return []
@@ -240,7 +240,7 @@ def _find_one(
     text_T: Bytes,
     start_I: Longs,
     length_I: NDArray[np.int32],
-    slot_S: NDArray[np.int32],
+    slot_S: NDArray[np.uint64],
     secret_2: NDArray[np.uint64],
     wanted_T: Bytes,
     length: int,
