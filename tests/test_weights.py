@@ -197,7 +197,7 @@ def test_a_payload_comes_in_pieces_of_any_size(payload: WeightPayload, sizes: li
 
 
 @pytest.mark.parametrize("shift", [0, 1, 4088])
-@pytest.mark.parametrize("size", [1, 4096, 5000, 1 << 17])
+@pytest.mark.parametrize("size", [4096, 5000, 1 << 17])
 def test_pages_of_nothing_but_zeros_are_not_written_to(shift: int, size: int) -> None:
     rows, pages = 16, 64
     column = np.zeros((rows, mmap.PAGESIZE // 4 * pages // rows), np.int32)
@@ -210,7 +210,7 @@ def test_pages_of_nothing_but_zeros_are_not_written_to(shift: int, size: int) ->
     for start in range(0, len(data), size):
         receiver.feed(data[start : start + size])
     # To look at a page gives it memory, too.
-    assert size < mmap.PAGESIZE or _resident_pages(placed) <= 4
+    assert _resident_pages(placed) <= 4
     assert encode(receiver.payload()) == data
 
 

@@ -161,8 +161,9 @@ class Receiver:
         self._start = b""
         self._header: PayloadHeader | None = None
         self._missing = size
-        # Where the bytes behind the header go, in their order; which of these is being filled, and how far.
-        self._targets: list[memoryview] = []
+        # Where the bytes behind the header go, in their order, and whether `place` gave that; which of these is being
+        # filled, and how far.
+        self._targets: list[tuple[memoryview, bool]] = []
         self._target = self._filled = 0
 
     def feed(self, piece: bytes) -> None:
@@ -179,9 +180,10 @@ class Receiver:
             self._read_header(self._start[_START.size : length], self._size - length)
             self._start = b""
         while len(view):
-            target = self._targets[self._target]
+            target, placed = self._targets[self._target]
             part = view[: len(target) - self._filled]
-            _put(target[self._filled : self._filled + len(part)], part)
+            write = _write_pages if placed else _write
+            write(target[self._filled : self._filled + len(part)], part)
             self._filled += len(part)
             view = view[len(part) :]
             if self._filled == len(target):
@@ -235,12 +237,13 @@ class Receiver:
             raise CorruptWeights(f"the header tells of {needed} bytes and {left} follow")
         placed = self._place(header) if self._place is not None else {}
         self._own = [name for name in columns if name not in placed]
-        self._fixed = [np.zeros(n, dtype) for n, dtype in zip(counts, (ROW, ROW, ROW, DTYPES["uint8"]), strict=True)]
-        self._dense = {name: _zeros(name, *each) for name, each in dense.items()}
-        self._columns = {name: placed[name] if name in placed else _zeros(name, *columns[name]) for name in columns}
+        self._fixed = [np.empty(n, dtype) for n, dtype in zip(counts, (ROW, ROW, ROW, DTYPES["uint8"]), strict=True)]
+        self._dense = {name: _empty(name, *each) for name, each in dense.items()}
+        self._columns = {name: placed[name] if name in placed else _empty(name, *columns[name]) for name in columns}
         for array in (*self._fixed, *self._dense.values(), *self._columns.values()):
             padding = memoryview(bytearray(-array.nbytes % _ALIGNMENT))
-            self._targets += [each for each in (_view(array), padding) if len(each)]
+            given = any(array is each for each in placed.values())
+            self._targets += [(each, given) for each in (_view(array), padding) if len(each)]
         self._header = header
 
 
@@ -257,15 +260,21 @@ def _problem(payload: WeightPayload) -> str | None:
         return "new items: a row is negative"
     # The usual case first: it needs no sorting.
     distinct = len(items) if np.all(items.rows[1:] > items.rows[:-1]) else len(np.unique(items.rows))
-    try:
-        ItemRows().extend(items.ids)
-    except ValueError:
-        distinct = -1
-    if len(items) != distinct:
+    if len(items) != distinct or not _differ(items.ids):
         return "new items: an item or a row is repeated"
     if payload.kept_rows < 0 or (payload.kept_rows and payload.whole):
         return f"kept rows: {payload.kept_rows}{' of what is dropped' if payload.whole else ''}"
     return None
+
+
+def _differ(ids: PackedIds) -> bool:
+    """Tell whether no id, but the empty one, stands there twice."""
+    if len(ids):
+        try:
+            ItemRows().extend(ids)
+        except ValueError:
+            return False
+    return True
 
 
 def _describe(tensors: Mapping[str, NDArray[Any]]) -> list[Tensor]:
@@ -285,9 +294,9 @@ def _shapes(tensors: Iterable[Tensor]) -> dict[str, tuple[tuple[int, ...], np.dt
     return shapes
 
 
-def _zeros(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _empty(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     try:
-        return np.zeros(shape, dtype)
+        return np.empty(shape, dtype)
     except ValueError as error:  # more axes, or longer ones beside an empty one, than numpy has
         raise CorruptWeights(f"tensor {name!r}: {error}") from None
 
@@ -326,17 +335,17 @@ def _beginnings(text_T: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
     return begins_T
 
 
-def _put(target: memoryview, part: memoryview) -> None:
-    """Write to memory of zeros."""
-    if len(part) < mmap.PAGESIZE:
-        target[:] = part
-    else:
-        _put_pages(np.frombuffer(target, np.uint8), np.frombuffer(part, np.uint8), mmap.PAGESIZE)
+def _write(target: memoryview, part: memoryview) -> None:
+    target[:] = part
+
+
+def _write_pages(target: memoryview, part: memoryview) -> None:
+    """Write to memory of zeros, but to no page of it where nothing else would be written."""
+    _write_each(np.frombuffer(target, np.uint8), np.frombuffer(part, np.uint8), mmap.PAGESIZE)
 
 
 @compiled_apart
-def _put_pages(target_N: NDArray[np.uint8], part_N: NDArray[np.uint8], page: int) -> None:
-    """Write to memory of zeros, but to no page of it where nothing but zeros would be written."""
+def _write_each(target_N: NDArray[np.uint8], part_N: NDArray[np.uint8], page: int) -> None:
     first, end = np.int64(0), -np.int64(target_N.ctypes.data) % page
     while first < len(part_N):
         if end > len(part_N):
