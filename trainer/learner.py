@@ -229,9 +229,10 @@ class Learner:
 
     def row(self, item_id: str) -> int:
         """Return the item's row, a new one if it has none."""
-        if not self.table.row(item_id):
+        if not (row := self.table.row(item_id)):
             self.allocate([item_id])
-        return self.table.row(item_id)
+            row = self.table.row(item_id)
+        return row
 
     def allocate(self, item_ids: Iterable[str]) -> None:
         """Give rows to the items that have none."""
