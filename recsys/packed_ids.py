@@ -6,6 +6,7 @@ Shapes: N ids, T bytes of text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from recsys.compiled import compiled_apart
 
 Bytes = NDArray[np.uint8]
+# Ids made strings at a time.
+STRETCH = 1 << 14
 
 
 class PackedIds(Sequence[str]):
@@ -64,7 +67,9 @@ class PackedIds(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         """Go through the ids as strings."""
-        return map(self.__getitem__, range(len(self)))
+        # Not all ends at once: as Python's numbers they take more than the ids.
+        for first in range(0, len(self), STRETCH):
+            yield from self[first : first + STRETCH].strings()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
@@ -74,6 +79,14 @@ class PackedIds(Sequence[str]):
     def take(self, place_N: NDArray[np.integer]) -> PackedIds:
         """Return the ids at some places; they stay what they are, whatever becomes of these."""
         return PackedIds(self.text_T, self.start_N[place_N], self.length_N[place_N])
+
+    def strings(self) -> list[str]:
+        """Return the ids as strings."""
+        text, ends = self.text().tobytes(), np.cumsum(self.length_N).tolist()
+        if not text.isascii():
+            return [text[start:end].decode() for start, end in pairwise([0, *ends])]
+        whole = text.decode()
+        return [whole[start:end] for start, end in pairwise([0, *ends])]
 
     def text(self) -> Bytes:
         """Return all ids, one after the other."""

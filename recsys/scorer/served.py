@@ -103,12 +103,12 @@ class Served:
         )
         final_BM, chosen_BM = self._order(users, found, np.array([query.count for query in queries]))
         parts = self._apart(users, torch.from_numpy(chosen_BM).to(self._device), found.known)
-        columns = [array.tolist() for array in (chosen_BM, final_BM, parts.sources_BK, parts.because_BK)]
-        item_ids = self._table.item_ids
+        names = (self._names(rows_BM) for rows_BM in (chosen_BM, parts.because_BK))
+        columns = [array.tolist() for array in (*names, final_BM, parts.sources_BK)]
         return [
             [
-                ScoredItem(item_ids[row], score, source, item_ids[why] if why else None)
-                for row, score, source, why in zip(*each, strict=True)
+                ScoredItem(item_id, score, source, because or None)
+                for item_id, because, score, source in zip(*each, strict=True)
                 if score > HIDDEN / 2
             ][: query.count]
             for query, *each in zip(queries, *columns, strict=True)
@@ -182,6 +182,10 @@ class Served:
             *map(_host, (users.weights_BP, users.states_BD, *items, places_BK, lifts_BK2, because_BK)), *self._means
         )
         return parts
+
+    def _names(self, rows_BM: Longs) -> NDArray[np.object_]:
+        """Return the ids of the items in these rows, "" of none."""
+        return np.array(self._table.item_ids.take(rows_BM.ravel()).strings(), object).reshape(rows_BM.shape)
 
     def _own(self, queries: Sequence[Query], seen: Own) -> Own:
         """Return the rows that must not come back to each user."""
