@@ -1,7 +1,8 @@
 """Start: how long a fresh process takes from a snapshot in the store to weights that can answer, and its memory.
 
 Made-up weights are written as a snapshot; a process of its own then loads and applies them, as a server does when it
-starts. Prints one JSON object.
+starts. Then whole servers are started on it, until they serve. Prints one JSON object. Run it twice after a change, or
+`recsys compile` before: a process that compiles its loops takes longer and keeps more memory.
 """
 
 from __future__ import annotations
@@ -77,19 +78,43 @@ def load_here(store_url: str) -> dict[str, float | int]:
     }
 
 
+def serve(store_url: str) -> dict[str, float | int]:
+    """Start a server on the snapshot, and return how long it takes to serve and what memory it has then, and had."""
+    command = [sys.executable, "-m", "recsys", "serve", "--redis-url", store_url, "--port", "0", "--metrics-port", "0"]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+        try:
+            assert server.stdout is not None
+            server.stdout.readline()
+            serving = time.perf_counter()
+            found = Path(f"/proc/{server.pid}/status").read_text("ascii").splitlines()
+        finally:
+            server.terminate()
+    values = {
+        name: int(value.split()[0]) * KIB for name, value in (line.split(":", 1) for line in found) if "kB" in value
+    }
+    return {
+        "seconds": round(serving - started, 3),
+        "resident_bytes": values["VmRSS"],
+        "anonymous_bytes": values["RssAnon"],
+        "peak_bytes": values["VmHWM"],
+    }
+
+
 def peak_bytes() -> int:
     """Return the most memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
 
 def measure(items: int, repeats: int) -> dict[str, object]:
-    """Write a snapshot of `items` items and load it `repeats` times, each in a fresh process."""
+    """Write a snapshot of `items` items and load it `repeats` times, each in a fresh process; serve it as often."""
     with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as embedded:
         this = [sys.executable, __file__, "--store-url", embedded.url, "--items", str(items)]
         # Written by a process of its own too, so that its memory is free again before anything is measured.
         written = json.loads(subprocess.run([*this, "--write"], check=True, capture_output=True).stdout)
         loads = [json.loads(subprocess.run(this, check=True, capture_output=True).stdout) for _ in range(repeats)]
-    return {"items": items, **written, "loads": loads}
+        servers = [serve(embedded.url) for _ in range(repeats)]
+    return {"items": items, **written, "loads": loads, "servers": servers}
 
 
 def main() -> None:

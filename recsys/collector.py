@@ -1,8 +1,13 @@
-"""collector: what a process holds for long is not looked through for cyclic garbage again and again."""
+"""collector: what a process holds for long is not looked through for cyclic garbage again and again.
+
+Nor does it keep what it needed to get there.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from contextlib import suppress
 
 # New objects that may be part of a cycle before the youngest are looked through: more than a batch of requests holds,
 # which would otherwise be looked through several times and go by its last references all the same.
@@ -16,5 +21,8 @@ def settle() -> None:
     which nothing is answered, several times a minute. What is freed by its last reference is freed as before.
     """
     gc.collect()
+    # What is free stays with the process otherwise: 33 MB of 1,421 with 1,000,000 items. glibc alone has it.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     gc.freeze()
     gc.set_threshold(YOUNGEST, *gc.get_threshold()[1:])

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,16 @@ def _compiled(function: Callable[..., Any], *, forceinline: bool) -> Any:
     # numba looks at a function's own file only, but what it calls in others is compiled into it, and constants are.
     kept = found._cache._cache_file
     kept._source_stamp = (kept._source_stamp, _sources(Path(__file__).parents[1]))
+    kept._load_index = partial(_known, kept._load_index)
     return found
+
+
+def _known(load: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
+    """Return what is kept of a function: nothing where it was compiled for types of other sources, which are gone."""
+    try:
+        return load()
+    except (ImportError, AttributeError):
+        return {}
 
 
 @cache

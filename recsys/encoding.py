@@ -34,7 +34,11 @@ class RowHistory(NamedTuple):
 def row_history(entries: Iterable[HistoryEntry], table: ItemTable, class_index: Mapping[str, int]) -> RowHistory:
     """Look up a history's rows and classes; entries of unknown items or classes are left out."""
     entries = list(entries)
-    rows = table.look_up([entry.item_id for entry in entries])
+    return known_history(entries, table.look_up(entry.item_id for entry in entries).tolist(), class_index)
+
+
+def known_history(entries: Sequence[HistoryEntry], rows: list[int], class_index: Mapping[str, int]) -> RowHistory:
+    """Return a history whose items have these rows; entries of unknown items or classes are left out."""
     classes: list[int | None] = [class_index.get(entry.feedback_class) for entry in entries]
     times_ms = [entry.time_ms for entry in entries]
     if PADDING_ROW in rows or None in classes:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from recsys.following import follow, recount
 from recsys.item_rows import PADDING_ROW as PADDING_ROW
-from recsys.item_rows import ItemRows
+from recsys.item_rows import Index, ItemRows
+from recsys.packed_ids import PackedIds
 from recsys.standing import COLUMNS, TREND_DECAYS, Standing, by_tensors
 
 # Rows of which all is known that is computed at once: what it takes stays in the processor's cache.
@@ -129,9 +130,9 @@ class ItemTable:
         return len(self._rows)
 
     @property
-    def items_revision(self) -> int:
-        """Return a number that is another whenever an item gets or loses a row."""
-        return self._rows.revision
+    def index(self) -> Index:
+        """Return what compiled code finds rows by; good until the next change."""
+        return self._rows.index
 
     @property
     def rows(self) -> int:
@@ -139,8 +140,8 @@ class ItemTable:
         return self._rows.end
 
     @property
-    def item_ids(self) -> list[str]:
-        """Return the item of each row, "" where there is none."""
+    def item_ids(self) -> PackedIds:
+        """Return the item of each row, "" where there is none; good until the next change."""
         return self._rows.item_ids
 
     @property
@@ -165,8 +166,8 @@ class ItemTable:
         """Return the item's row, or 0 when the table does not hold it."""
         return self._rows.row(item_id)
 
-    def look_up(self, item_ids: Iterable[str]) -> list[int]:
-        """Return each item's row, 0 where the table does not hold it."""
+    def look_up(self, item_ids: Iterable[str]) -> NDArray[np.int64]:
+        """Return each item's row, 0 where the table does not hold it: (N)."""
         return self._rows.look_up(item_ids)
 
     def allocate(self, item_ids: Iterable[str]) -> list[tuple[str, int]]:

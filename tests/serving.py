@@ -16,9 +16,9 @@ import redis
 from prometheus_client import CollectorRegistry
 
 from recsys.catalog import Catalog, CatalogMirror
+from recsys.item_rows import ItemRows
 from recsys.metrics import ServerMetrics
 from recsys.scorer import Answer, Lists, Query, RankedItems, ScoredItem, ScoreParts, Scores
-from recsys.scorer.ids import Ids
 from recsys.server import Parts, Server
 from recsys.settings import Settings
 from recsys.store.connection import connect
@@ -83,7 +83,8 @@ class PlainScorer:
         found = (item_id for item_id in ITEMS if item_id not in query.exclude and item_id not in seen)
         chosen = list(islice(found, query.count))
         because = history[-1].item_id if history else None
-        ids = Ids(["", *chosen, because or ""])
+        rows = ItemRows()
+        rows.extend([*chosen, *([because] if because else [])])
         rows_BM = 1 + np.arange(len(chosen))[None]
         sources_BM, because_BM = np.full_like(rows_BM, recommender_pb2.SOURCE_TRENDING), np.zeros_like(rows_BM)
         if because:
@@ -91,7 +92,7 @@ class PlainScorer:
             sources_BM[0, : len(told)], because_BM[0, :1] = told, 1 + len(chosen)
         scores_BM = np.float32(1) - rows_BM.astype(np.float32)
         wanted_B = np.array([query.count])
-        return RankedItems(Lists.of(ids.index, rows_BM, scores_BM, sources_BM, because_BM, wanted_B), 0)
+        return RankedItems(Lists.of(rows.index, rows_BM, scores_BM, sources_BM, because_BM, wanted_B), 0)
 
 
 @dataclass

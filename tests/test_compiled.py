@@ -24,6 +24,14 @@ def test_what_is_kept_is_of_these_sources() -> None:
     assert module._sources(Path(module.__file__).parents[1]) in kept._source_stamp
 
 
+def test_what_was_compiled_for_types_that_are_gone_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: object) -> None:
+        raise ModuleNotFoundError("No module named 'recsys.gone'")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_load_index", gone)
+    assert compiled(lambda x: x + 1)(41) == 42
+
+
 @pytest.mark.parametrize(
     ("changed", "counts"),
     [

@@ -1,4 +1,4 @@
-"""reading and Ids: what is made of stored histories is what recsys.encoding makes of their entries, bad bytes too."""
+"""reading: what is made of stored histories is what recsys.encoding makes of their entries, bad bytes too."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from learning import CPU
 
 from recsys.encoding import encode_histories, row_history
+from recsys.item_rows import Index, ItemRows
 from recsys.item_table import ItemTable
-from recsys.scorer.ids import Ids, find
 from recsys.scorer.reading import read
 from recsys.store.v1.log_pb2 import History, HistoryEntry
 
@@ -36,6 +36,12 @@ def table_of(items: list[str]) -> ItemTable:
     return table
 
 
+def index_of(ids: list[str]) -> Index:
+    rows = ItemRows()
+    rows.extend(ids)
+    return rows.index
+
+
 def stored(history: list[HistoryEntry]) -> bytes:
     return History(history=history).SerializeToString()
 
@@ -44,7 +50,7 @@ def stored(history: list[HistoryEntry]) -> bytes:
 @given(histories)
 def test_what_is_read_is_what_encoding_makes_of_the_entries(each_of: list[list[HistoryEntry]]) -> None:
     table = table_of(ITEMS)
-    found = read(list(map(stored, each_of)), Ids(table.item_ids), Ids(["", *CLASSES]), NOW_MS, LENGTH)
+    found = read(list(map(stored, each_of)), table.index, index_of([*CLASSES]), NOW_MS, LENGTH)
     rows = [row_history(each[-LENGTH:], table, CLASSES) for each in each_of]
     kept = [row._replace(times_ms=[max(time, NOW_MS - 2**62) for time in row.times_ms]) for row in rows]
     expected = encode_histories(kept, [NOW_MS] * len(each_of), LENGTH)
@@ -59,7 +65,7 @@ def test_fields_that_are_not_known_here_are_passed_over() -> None:
     # A number, four bytes, eight bytes and a text of a later version, before and behind what is known.
     later = b"\x50\x96\x01" + b"\x5d1234" + b"\x6112345678" + b"\x6a\x03new"
     whole = later + b"\x7a" + bytes([len(later + entry + later)]) + later + entry + later
-    found = read([whole, b""], Ids(["", *ITEMS]), Ids(["", *CLASSES]), NOW_MS, LENGTH)
+    found = read([whole, b""], index_of(ITEMS), index_of([*CLASSES]), NOW_MS, LENGTH)
     assert found.rows_BL.tolist() == [[0, 0, 0, 2], [0, 0, 0, 0]]
     assert found.classes_BL.tolist()[0] == [0, 0, 0, 2]
     assert found.gaps_BL.tolist()[0] == [0, 0, 0, 3]
@@ -70,7 +76,7 @@ def test_fields_that_are_not_known_here_are_passed_over() -> None:
 def test_damage_is_survived_and_others_are_whole(each_of: list[list[HistoryEntry]], at: int, damage: bytes) -> None:
     whole = stored([HistoryEntry(item_id="ccc", feedback_class="view", time_ms=NOW_MS)])
     first = stored(each_of[0])
-    found = read([first[:at] + damage, whole], Ids(["", *ITEMS]), Ids(["", *CLASSES]), NOW_MS, LENGTH)
+    found = read([first[:at] + damage, whole], index_of(ITEMS), index_of([*CLASSES]), NOW_MS, LENGTH)
     assert found.rows_BL[1].tolist() == [0, 0, 0, 3]
     assert found.rows_BL.max() <= len(ITEMS)
 
@@ -85,43 +91,13 @@ def test_a_length_beyond_the_end_reaches_nothing(length: int) -> None:
     # Of the entry, and of the item's id inside an entry.
     inside = b"\x0a" + varint(length) + b"abc"
     for bad in (b"\x7a" + varint(length) + b"abc", b"\x7a" + varint(len(inside)) + inside):
-        found = read([whole + bad, whole], Ids(["", *ITEMS]), Ids(["", *CLASSES]), NOW_MS, LENGTH)
+        found = read([whole + bad, whole], index_of(ITEMS), index_of([*CLASSES]), NOW_MS, LENGTH)
         assert found.rows_BL[:, -1].tolist() == [3, 3]
 
 
 def test_damage_is_told(caplog: pytest.LogCaptureFixture) -> None:
     whole = stored([HistoryEntry(item_id="ccc", feedback_class="view", time_ms=NOW_MS)])
     with caplog.at_level(logging.ERROR):
-        found = read([whole + b"\x7a\x7f", whole], Ids(["", *ITEMS]), Ids(["", *CLASSES]), NOW_MS, LENGTH)
+        found = read([whole + b"\x7a\x7f", whole], index_of(ITEMS), index_of([*CLASSES]), NOW_MS, LENGTH)
     assert found.rows_BL[:, -1].tolist() == [3, 3]
     assert "1 histories hold entries that cannot be parsed" in caplog.text
-
-
-def row_of(known: Ids, item_id: str) -> int:
-    wanted = item_id.encode()
-    return int(find(known.index, np.frombuffer(b"." + wanted, np.uint8), 1, len(wanted)))
-
-
-@settings(deadline=None)
-@given(st.lists(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([*ITEMS, "d", "e", "f"]) | st.just("")))))
-def test_ids_are_those_of_a_dictionary_whoever_gets_a_row(steps: list[list[tuple[int, str]]]) -> None:
-    rows = [""] * 10
-    known = Ids(rows)
-    for step in steps:
-        # An item has one row: whoever has the id already keeps it.
-        changes = {row: item_id for row, item_id in step if not item_id or item_id not in rows}
-        changes = {row: i for row, i in changes.items() if not i or list(changes.values()).count(i) == 1}
-        if not known.write(np.array(list(changes), np.int64), list(changes.values())):
-            known = Ids(rows)
-            assert known.write(np.array(list(changes), np.int64), list(changes.values()))
-        for row, item_id in changes.items():
-            rows[row] = item_id
-        for item_id in (*ITEMS, "d", "e", "f", ""):
-            assert row_of(known, item_id) == (rows.index(item_id) if item_id and item_id in rows else 0)
-
-
-def test_without_room_nothing_is_changed() -> None:
-    known = Ids(["", "a"])
-    assert not known.write(np.array([2]), ["b" * 10_000])
-    assert not known.write(np.array([10_000]), ["b"])
-    assert (row_of(known, "a"), row_of(known, "b")) == (1, 0)

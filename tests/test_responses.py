@@ -9,9 +9,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recsys.catalog import Catalog, CatalogMirror, Item
+from recsys.item_rows import ItemRows
 from recsys.recommendation_id import MOST_POSITIONS, Place, most_items, parse
 from recsys.scorer import Answer, Lists, RankedItems, ScoredItem, Scores
-from recsys.scorer.ids import Ids
 from recsys.service.responses import RecommendResponses, score_response, scored_item
 from recsys.settings import Settings
 from recsys.store.connection import connect
@@ -92,7 +92,9 @@ def drawn_lists(draw: st.DrawFn) -> Lists:
     because_BM = np.where(sources_BM == TRANSITION, draws.integers(0, 100, shape), 0)
     scores_BM = draws.normal(size=shape).astype(np.float32)
     wanted_B = draws.integers(0, longest + 2, users)
-    return Lists.of(Ids(IDS).index, rows_BM.reshape(shape), scores_BM, sources_BM, because_BM, wanted_B)
+    rows = ItemRows()
+    rows.extend(IDS[1:])
+    return Lists.of(rows.index, rows_BM.reshape(shape), scores_BM, sources_BM, because_BM, wanted_B)
 
 
 def reason(item: ScoredItem, mirror: CatalogMirror) -> str:
@@ -134,8 +136,9 @@ def test_the_bytes_of_recommendations_are_the_library_s(
 
 
 def test_items_stay_what_they_were_when_others_get_their_rows() -> None:
-    ids = Ids(["", "a", "b", "c"])
+    rows = ItemRows()
+    rows.extend(["a", "b", "c"])
     one = np.ones((1, 1), np.int64)
-    lists = Lists.of(ids.index, one, np.zeros((1, 1), np.float32), TRANSITION * one, 2 * one, np.array([1]))
-    assert ids.write(np.array([1, 2]), ["another", "more"])
+    lists = Lists.of(rows.index, one, np.zeros((1, 1), np.float32), TRANSITION * one, 2 * one, np.array([1]))
+    rows.assign([1, 2], ["another", "more"])
     assert RankedItems(lists, 0) == [ScoredItem("a", 0.0, TRANSITION, "b")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import mmap
 import struct
 import threading
 from collections.abc import Iterator
@@ -193,6 +194,33 @@ def test_a_payload_comes_in_pieces_of_any_size(payload: WeightPayload, sizes: li
     assert encode(receiver.payload()) == data
     with pytest.raises(CorruptWeights, match="more than"):
         receiver.feed(b"x")
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4088])
+@pytest.mark.parametrize("size", [4096, 5000, 1 << 17])
+def test_pages_of_nothing_but_zeros_are_not_written_to(shift: int, size: int) -> None:
+    rows, pages = 16, 64
+    column = np.zeros((rows, mmap.PAGESIZE // 4 * pages // rows), np.int32)
+    # In the second page, at its last place, and at the beginning of the column.
+    column.reshape(-1)[[0, 2 * mmap.PAGESIZE // 4 - 1]] = 1, 1 << 24
+    data = encode(WeightPayload(rows=np.arange(rows, dtype=np.int32), columns={"row": column}))
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    placed = np.frombuffer(memory, np.uint8)[shift : shift + column.nbytes].view(np.int32).reshape(column.shape)
+    receiver = Receiver(len(data), lambda header: {"row": placed})
+    for start in range(0, len(data), size):
+        receiver.feed(data[start : start + size])
+    # To look at a page gives it memory, too.
+    assert _resident_pages(placed) <= 4
+    assert encode(receiver.payload()) == data
+
+
+def _resident_pages(array: np.ndarray) -> int:
+    """Count the pages that take memory."""
+    address, page = array.ctypes.data // mmap.PAGESIZE, 8
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(address * page)
+        entries = np.frombuffer(pagemap.read(page * (1 + array.nbytes // mmap.PAGESIZE)), np.uint64)
+    return int(np.count_nonzero(entries >> np.uint64(63)))
 
 
 def test_columns_are_read_to_where_the_caller_says() -> None:

@@ -26,8 +26,7 @@ class Arrivals:
         self._learner = learner
         self._rows = ItemRows()
         if learner is not None:
-            item_ids = learner.table.item_ids[1:]
-            self._rows.assign(range(1, 1 + len(item_ids)), item_ids)
+            self._rows.extend(learner.table.item_ids[1:])
         # Items in the order of their arrival; by row, how many had arrived with it, 0 where the learner had it before.
         self._arrived: list[str] = []
         self._number_I = np.zeros(max(1024, self._rows.end), np.int64)

@@ -224,7 +224,7 @@ class Daemon:
         kinds = {"accounts that left their users' habits": learner.trust.attacked}
         kinds["newcomers who push items that nobody else chooses"] = learner.crowd.attacked
         found = [each for each, on in kinds.items() if on]
-        items = [learner.table.item_ids[row] for row in learner.crowd.pushed.tolist()]
+        items = list(learner.table.item_ids.take(learner.crowd.pushed))
         # Once of each in an attack: which items are pushed may change with every batch.
         if not self._attack_told.issuperset(found + items):
             self._attack_told.update(found + items)
@@ -354,7 +354,7 @@ def warm_up(settings: Settings, device: torch.device) -> None:
     learner = Learner(settings, device)
     items = ["one", "two", "three"]
     learner.allocate(items)
-    rows = learner.table.look_up(items)
+    rows = learner.table.look_up(items).tolist()
     history = RowHistory(rows[:2], (0, 0), (0, 1))
     classes = range(len(settings.classes))
     for _ in range(2):

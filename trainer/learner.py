@@ -229,9 +229,10 @@ class Learner:
 
     def row(self, item_id: str) -> int:
         """Return the item's row, a new one if it has none."""
-        if not self.table.row(item_id):
+        if not (row := self.table.row(item_id)):
             self.allocate([item_id])
-        return self.table.row(item_id)
+            row = self.table.row(item_id)
+        return row
 
     def allocate(self, item_ids: Iterable[str]) -> None:
         """Give rows to the items that have none."""
@@ -250,7 +251,7 @@ class Learner:
         unknown = [item_id for item_id, categories in contents.items() if categories and not table.row(item_id)][:room]
         self.allocate(unknown)
         known = [item_id for item_id in contents if table.row(item_id)]
-        rows, new = (np.array(table.look_up(item_ids), np.int64) for item_ids in (known, unknown))
+        rows, new = (table.look_up(item_ids) for item_ids in (known, unknown))
         self.contents.write(rows, [contents[item_id] for item_id in known], new)
         # As if used just now: what is catalogued is not the first to lose its row.
         table.columns["touched"][to_tensor(new, self.device)] = table.clock
@@ -305,8 +306,8 @@ class Learner:
 
         Lately is since the last call of `take_changed` but one.
         """
-        rows = sorted({*self._named_taken, *self._named})
-        return NewItems([self.table.item_ids[row] for row in rows], rows)
+        rows = np.array(sorted({*self._named_taken, *self._named}), np.int64)
+        return NewItems(self.table.item_ids.take(rows), rows)
 
     def write(self, rows: Tensor, first_new: int) -> tuple[WeightPayload, WeightPayload]:
         """Write what servers need and what only a trainer needs: dense parts, `rows`, items from `first_new`.

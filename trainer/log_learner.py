@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum, auto
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from recsys.accounts import account
 from recsys.condition import DISTRUSTED_ACCOUNTS, PUSHED_ITEMS, UNDER_ATTACK
-from recsys.encoding import row_history, to_tensor
+from recsys.encoding import known_history, to_tensor
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry, position_key, previous_position
 from recsys.item_table import PADDING_ROW
+from recsys.packed_ids import PackedIds
 from recsys.settings import Settings
 from recsys.store.v1.log_pb2 import FeedbackRecord
 from recsys.store.v1.weights_pb2 import Range
@@ -88,9 +90,7 @@ class LogLearner:
             if found:
                 missing -= len(found)
                 records = [record for _, record in found]
-                if not self._settings.bounded_items:
-                    self._allocate(records)
-                examples = encode([self._event(record) for record in records], self._settings)
+                examples = self._examples(records, admits=not self._settings.bounded_items)
                 pages.append((examples, [position for position, _ in found], [record.item_id for record in records]))
         # The table's clock counts what was learned.
         clock = self.learner.table.clock - sum(len(examples) for examples, _, _ in pages)
@@ -257,16 +257,24 @@ class LogLearner:
             reason=describe(self.objections),
         )
 
-    def _allocate(self, records: Sequence[FeedbackRecord]) -> None:
-        """Give rows to the items of records.
+    def _examples(self, records: Sequence[FeedbackRecord], *, admits: bool = True) -> Examples:
+        """Make examples of records of known classes, whose items get rows first if it `admits` any.
 
-        Where each feedback's item gets one, those in its history do too, so that it looks the same ever after.
+        Where each feedback's item gets one, those in its history do too, so that it looks the same ever after. Items
+        without a row are left out.
         """
-        if self._settings.bounded_items:
+        # Of each record the history's items, then its own: looked up together, each costs a tenth.
+        named = PackedIds.of(
+            [item_id for each in records for item_id in (*(entry.item_id for entry in each.history), each.item_id)]
+        )
+        if admits and self._settings.bounded_items:
             self.learner.allocate(self._admission.admitted([record.item_id for record in records]))
-        else:
-            for record in records:
-                self.learner.allocate([*(entry.item_id for entry in record.history), record.item_id])
+        elif admits:
+            self.learner.allocate(named)
+        rows = iter(self.learner.table.look_up(named).tolist())
+        histories = (list(islice(rows, len(record.history))) for record in records)
+        events = [self._event(record, history, next(rows)) for record, history in zip(records, histories, strict=True)]
+        return encode(events, self._settings)
 
     def _expire(self) -> None:
         """Free the rows of items that were unused for too long: a version's first deed."""
@@ -293,21 +301,18 @@ class LogLearner:
                 self._let_gone = self._heeded = True
         self._forgotten = []
 
-    def _event(self, record: FeedbackRecord) -> Event:
-        """Turn a record of a known class into an example; items without a row are left out."""
+    def _event(self, record: FeedbackRecord, rows: list[int], row: int) -> Event:
+        """Turn a record of a known class into an example; its history's items have `rows`, its own has `row`."""
         index = self._settings.class_index[record.feedback_class]
-        table = self.learner.table
-        history = row_history(record.history, table, self._settings.class_index)
+        history = known_history(record.history, rows, self._settings.class_index)
         key = impression_key(record.recommendation_id, record.user_id, record.item_id) if self._follows else NONE
-        row, number = table.row(record.item_id), account(record.user_id)
-        return Event(row, index, record.time_ms, history, record.context, key, number)
+        return Event(row, index, record.time_ms, history, record.context, key, account(record.user_id))
 
     def _learn(self) -> None:
         records = [record for _, record in self._pending]
         self._expire()
         self._take_in_catalogue()
-        self._allocate(records)
-        examples = encode([self._event(record) for record in records], self._settings)
+        examples = self._examples(records)
         self._metrics.skipped("not_admitted", int((examples.item_B == PADDING_ROW).sum()))
         # Before this very feedback is counted. Synchronises with the GPU: what is told apart leaves for the metrics.
         chosen_B = self.learner.table.columns["total"][to_tensor(examples.item_B, self.learner.device)].cpu().numpy()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.compiled import compiled_apart
-from recsys.scorer.ids import Index
+from recsys.item_rows import Index
 from recsys.scorer.query import ScoredItem
 from recsys.scorer.shortlist import HIDDEN
 
@@ -121,7 +121,7 @@ def _located(start_I: Longs, length_I: NDArray[np.int32], rows_BM: Longs) -> tup
     for user in range(rows_BM.shape[0]):
         for place in range(rows_BM.shape[1]):
             row = rows_BM[user, place]
-            if row and length_I[row] > 0:
+            if row:
                 starts_BM[user, place], lengths_BM[user, place] = start_I[row], length_I[row]
     return starts_BM, lengths_BM
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.compiled import compiled_apart
+from recsys.item_rows import Index, find
 from recsys.network import GAP_BUCKETS
-from recsys.scorer.ids import Ids, Index, find
 from recsys.store.v1.log_pb2 import History, HistoryEntry
 
 Longs = NDArray[np.int64]
@@ -43,14 +43,14 @@ class Read(NamedTuple):
     ends_B: Longs
 
 
-def read(histories: Sequence[bytes], items: Ids, classes: Ids, now_ms: int, length: int) -> Read:
+def read(histories: Sequence[bytes], items: Index, classes: Index, now_ms: int, length: int) -> Read:
     """Read serialized Histories at the time `now_ms`; of one that is damaged counts what stands before the damage.
 
     `classes` are the names of the feedback classes from row 1 on.
     """
     ends_B = np.cumsum([len(each) for each in histories], dtype=np.int64)
     data_N = np.frombuffer(b"".join(histories), np.uint8)
-    *found, damaged = _read(data_N, ends_B, items.index, classes.index, now_ms, length)
+    *found, damaged = _read(data_N, ends_B, items, classes, now_ms, length)
     if damaged:
         _log.error("%d histories hold entries that cannot be parsed; they and what follows them are left out", damaged)
     return Read(*found)

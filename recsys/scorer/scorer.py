@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from recsys.catalog import CatalogMirror
 from recsys.errors import NotReady
 from recsys.item_table import ItemTable
-from recsys.scorer.ids import Ids
 from recsys.scorer.items import Ahead, Items, looked_at_roughly, partitioned_from
 from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
@@ -25,7 +24,7 @@ from recsys.scorer.search import Search
 from recsys.scorer.served import Served
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
-from recsys.weights.payload import NewItems, WeightPayload
+from recsys.weights.payload import WeightPayload
 from recsys.weights.replica import Replica
 from recsys.weights.shared import Point, SharedWeights
 
@@ -53,7 +52,7 @@ class Scorer:
         self._replica: Replica | None = None
         self._shared = shared
         self._shared_number = 0
-        self._shared_point = Point(0, 0, 0, 0)
+        self._shared_point = Point(0, 0, 0)
         self._record = VersionRecord()
         # Why a newer version that there is cannot be served; empty where all is well.
         self.problem = ""
@@ -61,9 +60,6 @@ class Scorer:
         self._retrieval = Search() if looked_at_roughly(device) else Retrieval(device)
         self._beside = ThreadPoolExecutor(1, "recsys-beside", _give_way)
         self._items: Items | None = None
-        self._ids = Ids([])
-        # Whose ids they are, and which revision of them.
-        self._ids_of: tuple[Replica | None, int] = (None, 0)
         self._served: Served | None = None
         # Called with a version after the first answer that it gave.
         self.on_first_answer: Callable[[int], None] = lambda version: None
@@ -116,9 +112,9 @@ class Scorer:
         """Take the version in force; of one that followed those that were seen only the changed rows are looked at."""
         self._replica = shared.replica
         assert self._replica is not None
-        table, items, changes = self._replica.table, self._items, shared.changes(self._shared_point)
-        items = items.moved(table, changes.rows) if items and changes else Items.of(table)
-        self._install(shared.record, shared.applied_ms, items, changes.items if changes else None)
+        table, items, changed_R = self._replica.table, self._items, shared.changes(self._shared_point)
+        items = items.moved(table, changed_R) if items and changed_R is not None else Items.of(table)
+        self._install(shared.record, shared.applied_ms, items)
         self._shared_point = shared.point()
 
     def load(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
@@ -177,34 +173,23 @@ class Scorer:
         ahead = self._beside.submit(_ahead, self._items, replica.table, payload).result()
         with self._lock:
             replica.put(payload)
-            new = None if payload.whole or payload.kept_rows else NewItems.of(payload.new_items)
-            self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica), new)
+            self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica))
 
     @torch.inference_mode()
     def _items_of(self, replica: Replica) -> Items:
         return Items.of(replica.table, partitioned_from(self._settings.retrieval))
 
     @torch.inference_mode()
-    def _install(self, record: VersionRecord, applied_ms: int, items: Items, new: NewItems | None = None) -> None:
-        """Put a version in place; `new` are the items that it brought, None where they may all be others."""
+    def _install(self, record: VersionRecord, applied_ms: int, items: Items) -> None:
+        """Put a version in place."""
         assert self._replica is not None
         self._items = items
-        self._follow_ids(self._replica, new)
-        self._served = Served(self._settings, self._mirror, self._replica, items, self._ids, self._retrieval)
+        self._served = Served(self._settings, self._mirror, self._replica, items, self._retrieval)
         self._record = record
         self._unanswered = True
         self._status = Status(
             record.version, record.committed_ms, applied_ms, len(self._replica.table), record.feedback_learned
         )
-
-    def _follow_ids(self, replica: Replica, new: NewItems | None) -> None:
-        """Know the items of the replica, of which `new` were not known."""
-        of = replica, replica.table.items_revision
-        if of == self._ids_of:
-            return
-        if new is None or replica is not self._ids_of[0] or not self._ids.write(new.rows, new.ids):
-            self._ids = Ids(replica.table.item_ids)
-        self._ids_of = of
 
     def chosen(self) -> NDArray[np.float32]:
         """Return how often the item of each row of the item table was chosen.

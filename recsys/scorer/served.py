@@ -16,10 +16,10 @@ from torch import Tensor
 
 from recsys.catalog import CatalogMirror, CategoryFilter
 from recsys.encoding import encode_contexts, to_histories, to_tensor
+from recsys.item_rows import ItemRows
 from recsys.item_table import PADDING_ROW, TRANSITION_REACH
 from recsys.network import WORTH_FLOOR
 from recsys.scorer.encoder import Encoder
-from recsys.scorer.ids import Ids
 from recsys.scorer.items import Items
 from recsys.scorer.lists import Lists, RankedItems
 from recsys.scorer.parts import Floats, Longs, Parts, apart, contested, in_final_order, log_worth
@@ -78,11 +78,11 @@ class Served:
         mirror: CatalogMirror,
         replica: Replica,
         items: Items,
-        ids: Ids,
         retrieval: Retrieval | Search,
     ) -> None:
-        self._settings, self._mirror, self._ids = settings, mirror, ids
-        self._class_ids = Ids(["", *(each.name for each in settings.classes)])
+        self._settings, self._mirror = settings, mirror
+        self._classes = ItemRows()
+        self._classes.extend([each.name for each in settings.classes])
         self._table, self._device = replica.table, replica.device
         self._vectors_ID, self._standing_IS = items.vectors_ID, items.standing_IS
         self._means = items.mean_vector_D.cpu().numpy(), items.mean_standing_S.cpu().numpy()
@@ -105,7 +105,7 @@ class Served:
         wanted_B = np.array([query.count for query in queries])
         final_BM, chosen_BM = self._order(users, found, wanted_B)
         parts = self._apart(users, torch.from_numpy(chosen_BM).to(self._device), found.known)
-        lists = Lists.of(self._ids.index, chosen_BM, final_BM, parts.sources_BK, parts.because_BK, wanted_B)
+        lists = Lists.of(self._table.index, chosen_BM, final_BM, parts.sources_BK, parts.because_BK, wanted_B)
         return [RankedItems(lists, user) for user in range(len(queries))]
 
     def score(self, queries: Sequence[Query], now_ms: int) -> list[Scores]:
@@ -133,7 +133,7 @@ class Served:
     def _users(self, queries: Sequence[Query], now_ms: int) -> _Users:
         settings = self._settings
         stored = [_stored(query) for query in queries]
-        found = read(stored, self._ids, self._class_ids, now_ms, settings.history_length)
+        found = read(stored, self._table.index, self._classes.index, now_ms, settings.history_length)
         histories = to_histories((found.rows_BL, found.classes_BL, found.gaps_BL), self._device)
         states_BD, weights_BP = self._encoder(self._vectors_ID, histories)
         buckets_BP = to_tensor(encode_contexts([query.context for query in queries], settings), self._device)
@@ -184,7 +184,7 @@ class Served:
         each = np.split(seen.rows_H, seen.ends_B[:-1])
         return Own.of(
             [
-                self._table.look_up(query.exclude) + ([] if query.allow_seen else rows.tolist())
+                self._table.look_up(query.exclude).tolist() + ([] if query.allow_seen else rows.tolist())
                 for query, rows in zip(queries, each, strict=True)
             ]
         )

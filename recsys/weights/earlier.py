@@ -54,7 +54,7 @@ class _Whole:
         """Move on to the version that `payload` leads to; `kept` rows of the item table stay, `rows` it has then."""
         self._dense = payload.dense
         if payload.whole:
-            self._item_ids = NewItems.of(payload.new_items).ids
+            self._item_ids = list(NewItems.of(payload.new_items).ids)
             self._columns = {**payload.columns, **self._placed}
             self._placed = {}
         else:
@@ -127,7 +127,7 @@ class _Since:
             return served, own
         rows, passed_on = (self._before(parts, served.rows) for parts in (self._changed, self._passed_on))
         ids = NewItems.of(served.new_items).ids
-        new_items = NewItems([ids[row - 1] for row in passed_on.tolist()], passed_on)
+        new_items = NewItems(ids.take(passed_on - 1), passed_on)
         return _some_rows(served, rows, self._kept, new_items), _some_rows(own, rows, self._kept, ())
 
     def _before(self, parts: Sequence[NDArray[np.int32]], rows: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -8,6 +8,7 @@ eight bytes, so that they are read straight to where they stay.
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from recsys.compiled import compiled_apart
 from recsys.errors import CorruptWeights
+from recsys.item_rows import ItemRows
+from recsys.packed_ids import PackedIds
 from recsys.store.v1.weights_pb2 import PayloadHeader, Tensor
 
 # What may stand in a payload. An allow-list: a dtype from the store must never name an object or a structure.
@@ -29,18 +33,17 @@ ROW = DTYPES["int32"]
 _START = struct.Struct("<4sI")
 _MAGIC = b"RWP1"
 _ALIGNMENT = 8
-# Ids cut at a time.
-_ENDS = 1 << 14
 
-# Asked for the memory that columns of a whole payload are to be read to; those left out get memory of their own.
+# Asked for the memory that columns of a whole payload are to be read to; those left out get memory of their own. It
+# must be zeros; pages where nothing else is to stand are not written to, and so take no memory.
 Place = Callable[[PayloadHeader], Mapping[str, NDArray[Any]]]
 
 
 class NewItems(Sequence[tuple[str, int]]):
     """Hold items with the rows they got, (item_id, row), without an object for each; "" where a row is free now."""
 
-    def __init__(self, ids: list[str], rows: Sequence[int] | NDArray[np.int32]) -> None:
-        self.ids = ids
+    def __init__(self, ids: Sequence[str], rows: Sequence[int] | NDArray[np.integer]) -> None:
+        self.ids = PackedIds.of(ids)
         self.rows = np.asarray(rows, ROW)
 
     @classmethod
@@ -115,7 +118,7 @@ def encode(payload: WeightPayload) -> bytes:
     if problem := _problem(payload):
         raise ValueError(problem)
     items = NewItems.of(payload.new_items)
-    text = "".join(items.ids).encode()
+    text = items.ids.text()
     header = PayloadHeader(
         rows=len(payload.rows),
         new_items=len(items),
@@ -125,7 +128,7 @@ def encode(payload: WeightPayload) -> bytes:
         whole=payload.whole,
         kept_rows=payload.kept_rows,
     )
-    arrays = [payload.rows, items.rows, np.fromiter(map(len, items.ids), ROW, len(items)), np.frombuffer(text, "u1")]
+    arrays = [payload.rows, items.rows, _characters(text, items.ids.length_N), text]
     arrays += [tensors[name] for tensors in (payload.dense, payload.columns) for name in sorted(tensors)]
     packed = header.SerializeToString(deterministic=True)
     parts: list[bytes | memoryview] = [_START.pack(_MAGIC, len(packed)), packed]
@@ -158,8 +161,9 @@ class Receiver:
         self._start = b""
         self._header: PayloadHeader | None = None
         self._missing = size
-        # Where the bytes behind the header go, in their order; which of these is being filled, and how far.
-        self._targets: list[memoryview] = []
+        # Where the bytes behind the header go, in their order, and whether `place` gave that; which of these is being
+        # filled, and how far.
+        self._targets: list[tuple[memoryview, bool]] = []
         self._target = self._filled = 0
 
     def feed(self, piece: bytes) -> None:
@@ -176,9 +180,10 @@ class Receiver:
             self._read_header(self._start[_START.size : length], self._size - length)
             self._start = b""
         while len(view):
-            target = self._targets[self._target]
+            target, placed = self._targets[self._target]
             part = view[: len(target) - self._filled]
-            target[self._filled : self._filled + len(part)] = part
+            write = _write_pages if placed else _write
+            write(target[self._filled : self._filled + len(part)], part)
             self._filled += len(part)
             view = view[len(part) :]
             if self._filled == len(target):
@@ -237,7 +242,8 @@ class Receiver:
         self._columns = {name: placed[name] if name in placed else _empty(name, *columns[name]) for name in columns}
         for array in (*self._fixed, *self._dense.values(), *self._columns.values()):
             padding = memoryview(bytearray(-array.nbytes % _ALIGNMENT))
-            self._targets += [each for each in (_view(array), padding) if len(each)]
+            given = any(array is each for each in placed.values())
+            self._targets += [(each, given) for each in (_view(array), padding) if len(each)]
         self._header = header
 
 
@@ -254,12 +260,21 @@ def _problem(payload: WeightPayload) -> str | None:
         return "new items: a row is negative"
     # The usual case first: it needs no sorting.
     distinct = len(items) if np.all(items.rows[1:] > items.rows[:-1]) else len(np.unique(items.rows))
-    free = items.ids.count("")
-    if not len(items) == distinct == len(set(items.ids)) + max(0, free - 1):
+    if len(items) != distinct or not _differ(items.ids):
         return "new items: an item or a row is repeated"
     if payload.kept_rows < 0 or (payload.kept_rows and payload.whole):
         return f"kept rows: {payload.kept_rows}{' of what is dropped' if payload.whole else ''}"
     return None
+
+
+def _differ(ids: PackedIds) -> bool:
+    """Tell whether no id, but the empty one, stands there twice."""
+    if len(ids):
+        try:
+            ItemRows().extend(ids)
+        except ValueError:
+            return False
+    return True
 
 
 def _describe(tensors: Mapping[str, NDArray[Any]]) -> list[Tensor]:
@@ -286,22 +301,61 @@ def _empty(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[A
         raise CorruptWeights(f"tensor {name!r}: {error}") from None
 
 
-def _split(text: NDArray[np.uint8], lengths: NDArray[np.int32]) -> list[str]:
-    """Cut UTF-8 into strings of these lengths, in characters."""
+def _split(text_T: NDArray[np.uint8], length_N: NDArray[np.int32]) -> PackedIds:
+    """Cut UTF-8 into ids of these lengths, in characters."""
+    begins_T = _beginnings(text_T)
+    characters = len(text_T) if begins_T is None else int(begins_T.sum())
+    if np.any(length_N < 0) or int(length_N.sum(dtype=np.int64)) != characters:
+        raise CorruptWeights("the new items' ids do not have the lengths that they should have")
+    if begins_T is None:
+        return PackedIds.joined(text_T, length_N)
     try:
-        whole = text.tobytes().decode()
+        text_T.tobytes().decode()
     except UnicodeDecodeError as error:
         raise CorruptWeights(f"the new items' ids are not UTF-8: {error.reason}") from None
-    if np.any(lengths < 0) or int(lengths.sum(dtype=np.int64)) != len(whole):
-        raise CorruptWeights("the new items' ids do not have the lengths that they should have")
-    ids: list[str] = []
-    start = 0
-    # Not all ends at once: as Python's numbers they take more than the ids.
-    for first in range(0, len(lengths), _ENDS):
-        for end in (start + np.cumsum(lengths[first : first + _ENDS], dtype=np.int64)).tolist():
-            ids.append(whole[start:end])
-            start = end
-    return ids
+    place_C = np.append(np.flatnonzero(begins_T), len(text_T))
+    end_N = place_C[np.cumsum(length_N, dtype=np.int64)]
+    return PackedIds.joined(text_T, np.diff(end_N, prepend=0).astype(ROW))
+
+
+def _characters(text_T: NDArray[np.uint8], length_N: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the lengths in characters of ids that have so many bytes each."""
+    begins_T = _beginnings(text_T)
+    if begins_T is None:
+        return length_N
+    before_T = np.concatenate([np.zeros(1, ROW), np.cumsum(begins_T, dtype=ROW)])
+    return np.diff(before_T[np.cumsum(length_N, dtype=np.int64)], prepend=ROW.type(0))
+
+
+def _beginnings(text_T: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
+    """Tell where characters of UTF-8 begin, None where each is a byte."""
+    if not len(text_T) or text_T.max() < 0x80:
+        return None
+    begins_T: NDArray[np.bool_] = (text_T & 0xC0) != 0x80
+    return begins_T
+
+
+def _write(target: memoryview, part: memoryview) -> None:
+    target[:] = part
+
+
+def _write_pages(target: memoryview, part: memoryview) -> None:
+    """Write to memory of zeros, but to no page of it where nothing else would be written."""
+    _write_each(np.frombuffer(target, np.uint8), np.frombuffer(part, np.uint8), mmap.PAGESIZE)
+
+
+@compiled_apart
+def _write_each(target_N: NDArray[np.uint8], part_N: NDArray[np.uint8], page: int) -> None:
+    first, end = np.int64(0), -np.int64(target_N.ctypes.data) % page
+    while first < len(part_N):
+        if end > len(part_N):
+            end = np.int64(len(part_N))
+        bits = np.uint8(0)
+        for place in range(first, end):
+            bits |= part_N[place]
+        if bits:
+            target_N[first:end] = part_N[first:end]
+        first, end = end, end + page
 
 
 def _padded(size: int) -> int:

@@ -117,9 +117,8 @@ class Replica:
         if not np.isin(known.rows, changed).all():
             raise CorruptWeights("a row has another item, and nothing of it is told")
         if rows > 1:
-            passed_on = set(known.rows.tolist())
-            held = (row for item_id in items.ids if (row := self.table.row(item_id)))
-            if any(row < rows and row not in passed_on for row in held):
+            held_N = self.table.look_up(items.ids)
+            if np.any((held_N > 0) & (held_N < rows) & ~np.isin(held_N, known.rows)):
                 raise CorruptWeights("a new item already has a row")
         return rows + len(new)
 
@@ -155,7 +154,8 @@ class Replica:
 
 def items_of(table: ItemTable, first: int = 1) -> NewItems:
     """List the items with their rows, from row `first` on, free ones included."""
-    return NewItems(table.item_ids[first:], range(first, table.rows))
+    rows = np.arange(first, table.rows)
+    return NewItems(table.item_ids.take(rows), rows)
 
 
 def to_array(tensor: Tensor) -> np.ndarray:

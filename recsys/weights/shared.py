@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.errors import SettingsError
+from recsys.packed_ids import PackedIds
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import NewItems, WeightPayload, decode, encode
@@ -84,19 +85,11 @@ class _State:
 
 
 class Point(NamedTuple):
-    """Say how far a process has followed: the number of a state, its area and cuts, and the rows given by then."""
+    """Say how far a process has followed: the number of a state, its area and cuts."""
 
     number: int
     area: int
     cuts: int
-    given: int
-
-
-class Changes(NamedTuple):
-    """Hold what changed since a point: the rows, ascending, and those that got another item or are new."""
-
-    rows: NDArray[np.int64]
-    items: NewItems
 
 
 class SharedWeights:
@@ -146,16 +139,14 @@ class SharedWeights:
 
     def point(self) -> Point:
         """Return where the version in force stands; while `reading`."""
-        return Point(self._seen, self._area, self._cuts, self._given)
+        return Point(self._seen, self._area, self._cuts)
 
-    def changes(self, since: Point) -> Changes | None:
-        """Return what changed since an earlier point, None where that may be everything; while `reading`."""
+    def changes(self, since: Point) -> NDArray[np.int64] | None:
+        """Return the rows that changed since an earlier point, ascending, None where all may have; while `reading`."""
         assert self.replica is not None
         if (since.area, since.cuts) != (self._area, self._cuts) or not since.number:
             return None
-        rows = self.replica.table.rows
-        changed_R = np.flatnonzero(self._changed_by(self._area, rows) > since.number)
-        return Changes(changed_R, self._read_given(self._area, since.given, self._given, rows))
+        return np.flatnonzero(self._changed_by(self._area, self.replica.table.rows) > since.number)
 
     def leads(self) -> bool:
         """Return whether this process is the one that follows the store, trying to become it if there is none."""
@@ -307,28 +298,27 @@ class SharedWeights:
 
     def _give(self, area: int, items: NewItems, first: int) -> int:
         """Write which rows got which items, behind the first so many; return how many there are then."""
-        packed = [item_id.encode() for item_id in items.ids]
         total = first + len(items)
         rows, ends = self._given_rows(area, total), self._id_ends(area, total)
         start = int(ends[first])
         rows[first:] = items.rows
-        ends[first + 1 :] = start + np.cumsum([len(each) for each in packed], dtype=np.int64)
-        if packed:
+        ends[first + 1 :] = start + np.cumsum(items.ids.length_N, dtype=np.int64)
+        if len(items):
             text = self._map(self._area_window(area, _ID_BYTES), max(int(ends[-1]), 1))
-            text[start : int(ends[-1])] = b"".join(packed)
+            np.frombuffer(text, np.uint8)[start : int(ends[-1])] = items.ids.text()
         return total
 
     def _read_given(self, area: int, first: int, total: int, below: int) -> NewItems:
         """Read what the rows below `below` were given last, of what stands behind the first so many."""
         if total <= first:
             return NewItems([], [])
-        rows = self._given_rows(area, total)[first:].tolist()
-        ends = self._id_ends(area, total)[first:].tolist()
-        text = self._map(self._area_window(area, _ID_BYTES), max(ends[-1], 1))
+        row_N, ends_N = self._given_rows(area, total)[first:], self._id_ends(area, total)[first:]
+        text_T = np.frombuffer(self._map(self._area_window(area, _ID_BYTES), max(int(ends_N[-1]), 1)), np.uint8)
         # Of a row that was given again the last holds; those cut off since are passed over.
-        held = {row: place for place, row in enumerate(rows) if row < below}
-        given = sorted(held)
-        return NewItems([text[ends[held[row]] : ends[held[row] + 1]].decode() for row in given], given)
+        row_R, from_end_R = np.unique(row_N[::-1], return_index=True)
+        place_R = (len(row_N) - 1 - from_end_R)[row_R < below]
+        ids = PackedIds(text_T, ends_N[:-1], np.diff(ends_N).astype(np.int32))
+        return NewItems(ids.take(place_R), row_N[place_R])
 
     def _given_rows(self, area: int, total: int) -> NDArray[Any]:
         mapped = self._map(self._area_window(area, _GIVEN_ROWS), max(8 * total, 1))
