@@ -84,12 +84,12 @@ class PlainScorer:
         chosen = list(islice(found, query.count))
         because = history[-1].item_id if history else None
         rows = ItemRows()
-        rows.extend([*chosen, *([because] if because else [])])
+        rows.allocate([*chosen, *([because] if because else [])])
         rows_BM = 1 + np.arange(len(chosen))[None]
         sources_BM, because_BM = np.full_like(rows_BM, recommender_pb2.SOURCE_TRENDING), np.zeros_like(rows_BM)
         if because:
             told = [recommender_pb2.SOURCE_TRANSITION, recommender_pb2.SOURCE_NETWORK][: len(chosen)]
-            sources_BM[0, : len(told)], because_BM[0, :1] = told, 1 + len(chosen)
+            sources_BM[0, : len(told)], because_BM[0, :1] = told, rows.row(because)
         scores_BM = np.float32(1) - rows_BM.astype(np.float32)
         wanted_B = np.array([query.count])
         return RankedItems(Lists.of(rows.index, rows_BM, scores_BM, sources_BM, because_BM, wanted_B), 0)
