@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from recsys.feedback_file import open_feedback_file
 from recsys.settings import Settings, load
 from recsys.weights import encode
-from trainer.epochs import LEAST_STEPS, Encoded, Epochs, summary
+from trainer import mixing
+from trainer.epochs import LEAST_STEPS, Encoded, Epoch, Epochs, summary
 from trainer.evaluation.stream import Case, Stream
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
+from trainer.mixing import fit_mixing
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -108,6 +110,37 @@ def test_learning_the_mixing_moves_nothing_else(tmp_path: Path) -> None:
     assert counts(learner) == counted
 
 
+def test_the_mixing_fitted_is_the_same_whatever_it_was_and_foresees_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path, 300, items=6))
+    for start in range(0, 200, 4):
+        learner.step(encode_events([case.event for case in cases[start : start + 4]], learner.settings))
+    apart = [
+        (
+            encode_events([case.event for case in cases[n : n + 20]], learner.settings),
+            [case.seen for case in cases[n : n + 20]],
+        )
+        for n in range(200, 300, 20)
+    ]
+    before = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    rest = learner.table.column("vector").clone(), counts(learner)
+    first = fit_mixing(learner, apart)
+    fitted = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    with torch.no_grad():
+        learner.network.mix.weight.fill_(3.0)
+    second = fit_mixing(learner, apart)
+    assert all(torch.equal(value, fitted[name]) for name, value in learner.network.state_dict().items())
+    assert summary(first) == summary(second)
+    changed = {name for name, value in fitted.items() if not torch.equal(value, before[name])}
+    assert changed == {"mix.weight", "mix.bias"}
+    assert torch.equal(learner.table.column("vector"), rest[0])
+    assert counts(learner) == rest[1]
+    monkeypatch.setattr(mixing, "STEPS", 0)
+    unfitted = fit_mixing(learner, apart)
+    assert summary(first)["item_log_loss"] < summary(unfitted)["item_log_loss"]
+
+
 def test_one_epoch_is_what_a_trainer_learns(tmp_path: Path) -> None:
     path = made_up(tmp_path)
     learner, cases = learner_and_cases(path)
@@ -131,6 +164,14 @@ def test_epochs_learn_more_than_one(tmp_path: Path) -> None:
     assert epochs.best > 1
     assert last.loss < first.loss
     assert last.validation_loss(timeless=False) < first.validation_loss(timeless=False)
+
+
+def test_where_single_choices_are_left_out_places_decide_which_epoch_is_best() -> None:
+    common = {"seconds": 1.0, "loss": 1.0, "hr_at_10": 0.1, "ndcg_at_10": 0.1}
+    earlier = Epoch(epoch=1, ndcg=0.3, item_log_loss=6.0, class_log_loss=1.0, **common)
+    later = Epoch(epoch=2, ndcg=0.2, item_log_loss=5.0, class_log_loss=1.0, **common)
+    assert earlier.validation_loss(timeless=True) < later.validation_loss(timeless=True)
+    assert earlier.validation_loss(timeless=False) > later.validation_loss(timeless=False)
 
 
 @pytest.mark.parametrize("timeless", [False, True])

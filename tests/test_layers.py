@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("trainer.full_ranking", "trainer.prequential", "trainer.drift"),
         *("trainer.contents", "trainer.row_adagrad"),
         "trainer.strategies",
-        *("trainer.learner", "trainer.arrivals", "trainer.gate", "trainer.metrics"),
+        *("trainer.learner", "trainer.arrivals", "trainer.mixing", "trainer.gate", "trainer.metrics"),
     ),
     (
         *("recsys.service", "trainer.log_learner", "trainer.publisher", "trainer.daemon", "trainer.rebuild"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recsys import item_table
-from recsys.item_table import TRANSITION_BACK, ItemTable
+from recsys.item_table import RECOUNT_BACK, ItemTable
 
 ITEMS, CHOICES, REACH, SLOTS = 30, 400, 6, 12
 
@@ -18,7 +18,7 @@ def counted(latest_NK: np.ndarray, item_N: np.ndarray, total_I: np.ndarray) -> n
         for distance, before in enumerate(latest_K, 1):
             if before not in (0, item):
                 sums_II[before, item] += 1 / distance
-                sums_II[item, before] += TRANSITION_BACK / distance
+                sums_II[item, before] += RECOUNT_BACK / distance
     return 10 * sums_II / np.sqrt(total_I + 10)[:, None] / (total_I + 10) ** 0.25
 
 

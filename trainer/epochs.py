@@ -6,7 +6,8 @@ The weights that mix the score's parts are learned on feedback that the network 
 before it is, afterwards of what is kept apart.
 
 Where what is asked lies anywhere in the time of what is learned, not behind it, what followed what must not fade: after
-the first epoch it is counted anew.
+the first epoch it is counted anew. The mixing weights then begin anew after every epoch, which makes the epochs alike
+but for what they taught the network.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ from trainer.arrivals import Arrivals, held
 from trainer.examples import Event, Examples, join
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
+from trainer.mixing import fit_mixing
 from trainer.prequential import StepReport
 from trainer.quality import NO_EVENT, Rows, gains_at
 
 CUTOFF = 10
+# No list is as long.
+LAST_PLACE = 1 << 40
 # Feedback encoded at once.
 ENCODED = 4096
-# Where nothing fades, what is kept apart is gone through again until the mixing weights have moved so many times in an
-# epoch: the first epoch has taught them what counts at the end of its time. What is asked behind that end asks just
-# this of them, and more than once would make them fit few feedback too well.
-TIMELESS_STEPS = 128
 # Choices of a further epoch's step, at most, and how many steps it takes at least where there are few: a choice costs a
 # third less in a thousand than in two hundred, and as many epochs lead as far.
 MOST_CHOICES, LEAST_STEPS = 1024, 64
@@ -57,15 +57,18 @@ class Epoch:
     loss: float
     hr_at_10: float
     ndcg_at_10: float
+    # Over the whole list, which scatters less where feedback is few.
+    ndcg: float
     item_log_loss: float
     class_log_loss: float
 
     def validation_loss(self, *, timeless: bool) -> float:
         """Return what decides which epoch is the best: what is learned, on feedback kept apart.
 
-        Of single choices that are left out, their class tells nothing: of what was no choice none is kept apart.
+        Of single choices that are left out it is what their places in the list lack: the log loss goes on falling where
+        they rise no more. Their class tells nothing, as of what was no choice none is kept apart.
         """
-        return float(np.nansum([self.item_log_loss, 0.0 if timeless else self.class_log_loss]))
+        return 1 - self.ndcg if timeless else float(np.nansum([self.item_log_loss, self.class_log_loss]))
 
 
 class Encoded:
@@ -183,26 +186,32 @@ class Epochs:
         return size, random.permutation(self._choices)
 
     def _mixed(self) -> dict[str, float]:
-        """Teach the mixing weights on what is kept apart; return what was found there the last time."""
-        learner, steps, reports = self._learner, 0, list[StepReport]()
-        while len(self._validation) and steps < (TIMELESS_STEPS if self._timeless else 1):
-            batches = self._validation.batches(self._settings.batch_size)
-            reports = [learner.learn_mixing(*held(*batch, learner.table)) for batch in batches]
-            steps += len(reports)
-        return summary(reports)
+        """Teach the mixing weights on what is kept apart; return what was found there.
+
+        What is asked behind the time of what is learned is gone through once, as the first epoch has taught them what
+        counts at its end, and more would make them fit few feedback too well.
+        """
+        learner, batches = self._learner, self._validation.batches(self._settings.batch_size)
+        apart = [held(*batch, learner.table) for batch in batches]
+        if self._timeless:
+            return summary(fit_mixing(learner, apart))
+        return summary([learner.learn_mixing(*batch) for batch in apart])
 
 
 def summary(reports: Sequence[StepReport]) -> dict[str, float]:
     """Return the accuracy and the losses, NaN where there is nothing, that reports tell of."""
     if not reports:
-        return dict.fromkeys(("hr_at_10", "ndcg_at_10", "item_log_loss", "class_log_loss"), float("nan"))
+        names = ("hr_at_10", "ndcg_at_10", "ndcg", "item_log_loss", "class_log_loss")
+        return dict.fromkeys(names, float("nan"))
     ranks = np.concatenate([report.rank_B for report in reports])
-    gained = gains_at(ranks[ranks != NO_EVENT], CUTOFF)
+    ranks = ranks[ranks != NO_EVENT]
+    gained, anywhere = gains_at(ranks, CUTOFF), gains_at(ranks, LAST_PLACE)
     item = np.concatenate([report.item_loss_B for report in reports])
     classes = np.concatenate([report.class_loss_B for report in reports])
     return {
         "hr_at_10": _mean(gained[:, 0]),
         "ndcg_at_10": _mean(gained[:, 1]),
+        "ndcg": _mean(anywhere[:, 1]),
         "item_log_loss": _mean(item),
         "class_log_loss": _mean(classes),
     }

@@ -88,13 +88,14 @@ class Prequential:
         seen: list[Rows] | None,
         standing_IS: Tensor,
         trusted_B: npt.NDArray[np.bool_] | None = None,
+        robustness: float = ROBUSTNESS,
     ) -> tuple[StepReport, Tensor]:
         """Rank every item for each positive example, classify all; return what was found and the mixing loss.
 
         Where gradients are on, that loss's gradient is added to the mixing weights' right away, part by part, so that
         memory does not grow with the number of items.
         `seen` gives per example the rows left out of the ranking; by default those of its history. What is not
-        trusted teaches the mixing weights nothing.
+        trusted teaches the mixing weights nothing; `robustness` is the power q of that loss.
         """
         count, device = len(examples), self._table.device
         self._network.eval()
@@ -143,7 +144,7 @@ class Prequential:
             report.led_B[part], report.led_anywhere_B[part] = found.led_B2.T
             if log_share_I is not None:
                 report.popular_B[part] = log_share_I[item_B].cpu().numpy()
-            loss_B = (1 - torch.exp(-ROBUSTNESS * found.loss_B)) / ROBUSTNESS
+            loss_B = (1 - torch.exp(-robustness * found.loss_B)) / robustness
             if trusted_B is not None:
                 loss_B = loss_B * torch.from_numpy(trusted_B[part]).to(device)
             mean = loss_B.sum() / len(chosen)
