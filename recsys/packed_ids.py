@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from operator import eq
 from typing import overload
 
 import numpy as np
@@ -72,9 +73,16 @@ class PackedIds(Sequence[str]):
             yield from self[first : first + STRETCH].strings()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+        if isinstance(other, str) or not isinstance(other, Sequence):
+            return False
+        return len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]  # equal to lists, which have none
+
+    def __add__(self, other: PackedIds) -> PackedIds:
+        """Return these ids and then the others."""
+        text_T = np.concatenate([self.text(), other.text()])
+        return PackedIds.joined(text_T, np.concatenate([self.length_N, other.length_N]))
 
     def take(self, place_N: NDArray[np.integer]) -> PackedIds:
         """Return the ids at some places; they stay what they are, whatever becomes of these."""

@@ -141,6 +141,24 @@ def test_the_mixing_fitted_is_the_same_whatever_it_was_and_foresees_more(
     assert summary(first)["item_log_loss"] < summary(unfitted)["item_log_loss"]
 
 
+@pytest.mark.parametrize("trainable", ["head", "bias", "lora", "adapter", "prompt"])
+def test_only_what_may_move_is_fitted(tmp_path: Path, trainable: str) -> None:
+    added = {"adapter_width": 4} if trainable == "adapter" else {"prompt_length": 2} if trainable == "prompt" else {}
+    learner, cases = learner_and_cases(made_up(tmp_path, 40, items=6), trainable=trainable, **added)
+    for start in range(0, 20, 4):
+        learner.step(encode_events([case.event for case in cases[start : start + 4]], learner.settings))
+    part = cases[20:]
+    apart = [(encode_events([case.event for case in part], learner.settings), [case.seen for case in part])]
+    before = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    assert fit_mixing(learner, []) == []
+    assert all(torch.equal(value, before[name]) for name, value in learner.network.state_dict().items())
+    fit_mixing(learner, apart)
+    may = {f"mix.{name}" for name, parameter in learner.network.mix.named_parameters() if parameter.requires_grad}
+    after = learner.network.state_dict()
+    assert {name for name, value in before.items() if not torch.equal(value, after[name])} == may
+    assert "mix.bias" in may
+
+
 def test_one_epoch_is_what_a_trainer_learns(tmp_path: Path) -> None:
     path = made_up(tmp_path)
     learner, cases = learner_and_cases(path)

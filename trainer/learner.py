@@ -318,7 +318,7 @@ class Learner:
         dense |= self.drift.write() | self.trust.write() | self.crowd.write()
         dense[FOLLOWED] = np.array([self.contents.followed], np.int64)
         passed_on = self.named().split(first_new)[0]
-        served = self.replica.write(rows, [*passed_on, *items_of(self.table, first_new)])
+        served = self.replica.write(rows, passed_on + items_of(self.table, first_new))
         columns = {name: to_array(self.table.columns[name][rows]) for name in OWN_COLUMNS}
         return served, WeightPayload(dense, served.rows, columns)
 

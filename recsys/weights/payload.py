@@ -71,6 +71,10 @@ class NewItems(Sequence[tuple[str, int]]):
 
     __hash__ = None  # type: ignore[assignment]  # equal to lists, which have none
 
+    def __add__(self, other: NewItems) -> NewItems:
+        """Return these items and then the others."""
+        return NewItems(self.ids + other.ids, np.concatenate([self.rows, other.rows])) if len(self) else other
+
     def split(self, row: int) -> tuple[NewItems, NewItems]:
         """Return what is up to the first that has this row or a higher one, and what comes from there on."""
         place = int(np.argmax(self.rows >= row)) if np.any(self.rows >= row) else len(self.ids)
