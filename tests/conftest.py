@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import redis
 import torch
+from hypothesis import settings as hypothesis_settings
 
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
 from recsys.store.embedded import EmbeddedStore
 
 torch.set_num_threads(1)
+# How long an example takes depends on the machine, and on whether a loop has to be compiled.
+hypothesis_settings.register_profile("recsys", deadline=None)
+hypothesis_settings.load_profile("recsys")
 
 # Real feedback streams, as their licences do not let them into the repository: see CONTRIBUTING.md.
 SHARED_DATA = Path(os.environ.get("RECSYS_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
