@@ -158,7 +158,9 @@ class Batcher(Generic[Item, Result]):
         """
         future: Future[Result] = Future()
         with self._changed:
-            now, seconds = self._check(deadline)
+            now, seconds, refused = self._check(deadline)
+            if refused is not None:
+                raise refused
             self._queue[future] = _Waiting(item, deadline, now, now + seconds)
             self._waiting_size += self._size(item)
             self._changed.notify()
@@ -169,14 +171,10 @@ class Batcher(Generic[Item, Result]):
         """Count the items that wait, those being worked on apart."""
         return len(self._queue)
 
-    def admit(self, deadline: float | None) -> None:
-        """Tell beforehand what submit would say.
-
-        Raises:
-            Overloaded: as submit does.
-        """
+    def refusal(self, deadline: float | None) -> Overloaded | None:
+        """Return what submit would raise at present; None where it would take an item."""
         with self._changed:
-            self._check(deadline)
+            return self._check(deadline)[2]
 
     def receive_from(self, look: Look) -> None:
         """Let the batcher's own thread look for items before each batch, and wait for them there when none are waiting.
@@ -200,11 +198,11 @@ class Batcher(Generic[Item, Result]):
             self._changed.notify()
         self._thread.join()
 
-    def _check(self, deadline: float | None) -> tuple[float, float]:
-        """Return the time, and the seconds after which an item that comes now is expected to be done."""
-        if self._closed:
-            raise Overloaded(f"the {self._name} queue is closed: the server is stopping")
+    def _check(self, deadline: float | None) -> tuple[float, float, Overloaded | None]:
+        """Return the time, after how many seconds an item that comes now is expected to be done, and why it may not."""
         now = self._clock()
+        if self._closed:
+            return now, 0.0, Overloaded(f"the {self._name} queue is closed: the server is stopping")
         wait, seconds = self._expect(now)
         full = len(self._queue) >= self._queue_limit
         # An item that meets no other is always taken: were it refused too, nothing would ever correct what is expected.
@@ -212,10 +210,11 @@ class Batcher(Generic[Item, Result]):
         # What fills the next batch is taken on hope: to be late is no worse than to have left the place empty.
         stretch = self._stretch.factor if self._waiting_size >= self._limit else 1.0
         late = deadline is not None and meets and now < deadline < now + stretch * (wait + seconds)
-        if full or late:
-            fault = "full" if full else "too long for the deadline"
-            raise Overloaded(f"the {self._name} queue is {fault}: {len(self._queue)} calls are waiting", wait)
-        return now, wait + seconds
+        if not (full or late):
+            return now, wait + seconds, None
+        fault = "full" if full else "too long for the deadline"
+        refused = Overloaded(f"the {self._name} queue is {fault}: {len(self._queue)} calls are waiting", wait)
+        return now, wait + seconds, refused
 
     def _expect(self, now: float) -> tuple[float, float]:
         """Return how long an item that comes now will wait for its batch, and what that batch will take."""

@@ -55,12 +55,17 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Hold one method: `behavior` takes the request and the deadline, in seconds of time.monotonic()."""
+    """Hold one method: `behavior` takes the request and the deadline, in seconds of time.monotonic().
+
+    `refusal`, where there is one, is asked before, with the deadline, and tells why the call is refused; None where it
+    is not.
+    """
 
     service: str
     name: str
     parse: Callable[[bytes], Message]
     behavior: Callable[[Any, float], Message | Pending]
+    refusal: Callable[[float], Exception | None] | None
     # The method's full name, such as /recsys.v1.X/Y.
     path: str = field(init=False)
 
@@ -69,10 +74,11 @@ class Method:
 
 
 def methods_of(service: ServiceDescriptor, servicer: object) -> Iterator[Method]:
-    """Go through a service's methods, each with the servicer's attribute of that name."""
+    """Go through a service's methods, each with the servicer's attribute of that name, and that in its `refusals`."""
+    refusals = getattr(servicer, "refusals", {})
     for method in service.methods:
-        parse = message_factory.GetMessageClass(method.input_type).FromString
-        yield Method(service.full_name, method.name, parse, getattr(servicer, method.name))
+        name, parse = method.name, message_factory.GetMessageClass(method.input_type).FromString
+        yield Method(service.full_name, name, parse, getattr(servicer, name), refusals.get(name))
 
 
 # None: the caller has gone, and nothing is sent.
@@ -133,6 +139,11 @@ class Call:
             self._edge.guard.check(method.path, self._metadata)
             if self._deadline <= time.monotonic():
                 raise DeadlinePassed("the deadline passed before work on the call began")
+            # Told without being raised, and before the message is read: an overloaded server does little else.
+            refused = method.refusal(self._deadline) if method.refusal is not None else None
+            if refused is not None:
+                self._refuse(refused)
+                return
             with traces.within(self._span):
                 found = method.behavior(_parse(method.parse, data), self._deadline)
             if isinstance(found, Message):

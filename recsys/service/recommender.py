@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from recsys import traces
 from recsys.batcher import Batcher
 from recsys.catalog import CatalogMirror
-from recsys.errors import NotReady, Overloaded, StoreUnavailable, Violation
+from recsys.errors import NotReady, Overloaded, RecsysError, StoreUnavailable, Violation
 from recsys.feedback import Feedback
 from recsys.feedback_log import Appended, FeedbackLog
 from recsys.histories import Histories
@@ -129,12 +129,13 @@ class Recommender:
         self._metrics = metrics
         self._refused = Summary()
         self._positive = frozenset(each.name for each in settings.classes if each.positive)
+        # What refuses a call of some methods before it is looked at: under overload that is most of what comes.
+        self.refusals = {"Recommend": self._refusal, "Score": self._refusal}
         metrics.watch_queue(lambda: len(scoring))
 
     def Recommend(self, request: recommender_pb2.RecommendRequest, deadline: float) -> Pending:
         """Rank items for one user."""
         started = time.perf_counter()
-        self._admit(deadline)
         validation.recommend_request(request, self._settings)
         query = Query(
             history=(),
@@ -159,7 +160,6 @@ class Recommender:
 
     def Score(self, request: recommender_pb2.ScoreRequest, deadline: float) -> Pending:
         """Score the caller's candidates, in the caller's order."""
-        self._admit(deadline)
         validation.score_request(request, self._settings)
         query = Query(history=(), candidates=list(request.item_ids), context=dict(request.context))
         return Pending(self._score(Question(request.user_id, query), deadline), _scored)
@@ -213,12 +213,12 @@ class Recommender:
             refused=len(checked) - len(appended),
         )
 
-    def _admit(self, deadline: float) -> None:
-        """Refuse what cannot be answered before it is looked at: under overload that is most of what comes."""
+    def _refusal(self, deadline: float) -> RecsysError | None:
+        """Tell what is in the way of scoring."""
         if not self._scorer.warm:
             # Who waited for that would let the batcher expect as much of every batch.
-            raise NotReady("the first weights are not loaded yet")
-        self._scoring.admit(deadline)
+            return NotReady("the first weights are not loaded yet")
+        return self._scoring.refusal(deadline)
 
     def _score(self, question: Question, deadline: float) -> Future[Answer]:
         return self._scoring.submit(question, deadline)
