@@ -1,20 +1,19 @@
-"""Lists: the best items of a batch of users in columns, and an object of an item only where one is asked for.
+"""Lists: the best items of a batch of users in columns.
 
 Shapes: B users, M items of each, best first, T bytes of text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recsys.compiled import compiled_apart
 from recsys.item_rows import Index
-from recsys.scorer.query import ScoredItem
+from recsys.scorer.query import ScoredItem, ScoredItems
 from recsys.scorer.shortlist import HIDDEN
 
 Longs = NDArray[np.int64]
@@ -59,10 +58,8 @@ class Lists(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class RankedItems(Sequence[ScoredItem]):
-    """Show the items of one user in the lists of a batch; equal to any sequence of the same items."""
-
-    __hash__ = None  # type: ignore[assignment]
+class RankedItems(ScoredItems):
+    """Show the items of one user in the lists of a batch."""
 
     lists: Lists
     user: int
@@ -83,27 +80,11 @@ class RankedItems(Sequence[ScoredItem]):
         """Count the items."""
         return int(self.lists.counts_B[self.user])
 
-    @overload
-    def __getitem__(self, place: int) -> ScoredItem: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[ScoredItem]: ...
-
-    def __getitem__(self, place: int | slice) -> ScoredItem | Sequence[ScoredItem]:
-        """Return one item, or several."""
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
-        lists, at = self.lists, (self.user, range(len(self))[place])
+    def at(self, place: int) -> ScoredItem:
+        """Return one item."""
+        lists, at = self.lists, (self.user, place)
         item_id, because = (_id(lists.text_T, named, at) for named in (lists.items, lists.because))
         return ScoredItem(item_id, float(lists.scores_BM[at]), int(lists.sources_BM[at]), because or None)
-
-    def __eq__(self, other: object) -> bool:
-        """Compare items."""
-        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
-
-    def __repr__(self) -> str:
-        """Show the items."""
-        return repr(list(self))
 
 
 def _id(text_T: NDArray[np.uint8], named: Named, at: tuple[int, int]) -> str:

@@ -58,9 +58,39 @@ class ScoredItem(NamedTuple):
     parts: ScoreParts | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Scores(Sequence[ScoredItem]):
-    """Hold what is said of K candidates in columns, and an object of each only where one is asked for."""
+class ScoredItems(Sequence[ScoredItem]):
+    """Make an object of an item only where one is asked for; equal to any sequence of the same items."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]  # equal to lists, which have none
+
+    def at(self, place: int) -> ScoredItem:
+        """Make the object of the item at a place, counted from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, place: int) -> ScoredItem: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ScoredItem]: ...
+
+    def __getitem__(self, place: int | slice) -> ScoredItem | Sequence[ScoredItem]:
+        """Return one item, or several."""
+        places = range(len(self))[place]
+        return self.at(places) if isinstance(places, int) else [self.at(each) for each in places]
+
+    def __eq__(self, other: object) -> bool:
+        """Compare items."""
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    def __repr__(self) -> str:
+        """Show the items."""
+        return repr(list(self))
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Scores(ScoredItems):
+    """Hold what is said of K candidates in columns."""
 
     item_ids: Sequence[str]
     known_K: NDArray[np.bool_]
@@ -79,16 +109,8 @@ class Scores(Sequence[ScoredItem]):
         """Count the candidates."""
         return len(self.item_ids)
 
-    @overload
-    def __getitem__(self, place: int) -> ScoredItem: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[ScoredItem]: ...
-
-    def __getitem__(self, place: int | slice) -> ScoredItem | Sequence[ScoredItem]:
-        """Return one candidate, or several."""
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
+    def at(self, place: int) -> ScoredItem:
+        """Return one candidate."""
         return ScoredItem(
             self.item_ids[place],
             float(self.scores_K[place]),

@@ -136,24 +136,29 @@ class Call:
         self._edge.metrics.rpc_started(method.service, method.name)
         self._span = traces.call(method.path, self._metadata)
         try:
-            self._edge.guard.check(method.path, self._metadata)
-            if self._deadline <= time.monotonic():
-                raise DeadlinePassed("the deadline passed before work on the call began")
-            # Told without being raised, and before the message is read: an overloaded server does little else.
-            refused = method.refusal(self._deadline) if method.refusal is not None else None
-            if refused is not None:
-                self._refuse(refused)
-                return
-            with traces.within(self._span):
-                found = method.behavior(_parse(method.parse, data), self._deadline)
-            if isinstance(found, Message):
-                self._answer(found)
-                return
+            found: Pending | Exception | None = self._work(method, data)
         except Exception as error:
-            self._refuse(error)
-            return
-        self._pending = found
-        found.future.add_done_callback(self._finish)
+            found = error
+        if isinstance(found, Exception):
+            self._refuse(found)
+        elif found is not None:
+            self._pending = found
+            found.future.add_done_callback(self._finish)
+
+    def _work(self, method: Method, data: bytes) -> Pending | Exception | None:
+        """Begin the work and return it, or why it is refused; None where the call has its answer already."""
+        self._edge.guard.check(method.path, self._metadata)
+        if self._deadline <= time.monotonic():
+            return DeadlinePassed("the deadline passed before work on the call began")
+        # Not raised, and before the message is read: an overloaded server does little else.
+        if method.refusal is not None and (refused := method.refusal(self._deadline)) is not None:
+            return refused
+        with traces.within(self._span):
+            found = method.behavior(_parse(method.parse, data), self._deadline)
+        if isinstance(found, Message):
+            self._answer(found)
+            return None
+        return found
 
     def cancel(self) -> None:
         """Note that the caller has gone; work that has not begun never will."""
