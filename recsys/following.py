@@ -93,9 +93,10 @@ def _pairs(latest_BK: Longs, item_B: Longs, nearness_K: Floats, back: float) -> 
 
 @compiled
 def _get_in(successor_M: Integers, weight_M: Floats, new_N: Integers, heavy_N: Floats) -> None:
-    """Give the weakest slots to new successors, the heaviest and of equal ones the first to the weakest slot.
+    """Give the weakest slots to new successors that are no lighter, the heaviest and of equal ones the first first.
 
-    So new habits always get in.
+    What is in fades, so that new habits get in; what is lighter than all that is in would push out, at once, what
+    has been seen more.
     """
     slots, new = len(successor_M), len(new_N)
     order_N = np.argsort(-heavy_N, kind="mergesort") if new > 1 else np.zeros(new, np.int64)
@@ -105,6 +106,8 @@ def _get_in(successor_M: Integers, weight_M: Floats, new_N: Integers, heavy_N: F
         for slot in range(slots):
             if not taken_M[slot] and (weakest < 0 or weight_M[slot] < weight_M[weakest]):
                 weakest = slot
+        if heavy_N[order_N[place]] < weight_M[weakest]:
+            break
         taken_M[weakest] = True
         successor_M[weakest], weight_M[weakest] = new_N[order_N[place]], heavy_N[order_N[place]]
 

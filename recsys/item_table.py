@@ -420,8 +420,8 @@ class ItemTable:
         known_U = match_UM.any(1)
         slot_U = match_UM.to(torch.int8).argmax(1)
         weights[before_U[known_U], slot_U[known_U]] += weight_U[known_U]
-        # The weakest slots make room, so that new habits always get in; pairs_U is sorted, hence each item's new
-        # successors are consecutive and take its 1st, 2nd, ... weakest slot.
+        # The weakest slots make room for what is no lighter; pairs_U is sorted, hence each item's new successors are
+        # consecutive and take its 1st, 2nd, ... weakest slot.
         new_before, new_after, new_weight = before_U[~known_U], after_U[~known_U], weight_U[~known_U]
         if len(new_before):
             owners_A, owner_N, counts_A = torch.unique(new_before, return_inverse=True, return_counts=True)
@@ -433,8 +433,11 @@ class ItemTable:
             order_AM = torch.argsort(weights[owners_A], dim=1, stable=True)
             fits_N = rank_N < order_AM.shape[1]
             slot_N = order_AM[owner_N[fits_N], rank_N[fits_N]]
-            successor[new_before[fits_N], slot_N] = new_after[fits_N].to(torch.int32)
-            weights[new_before[fits_N], slot_N] = new_weight[fits_N]
+            row_N, new_after, new_weight = new_before[fits_N], new_after[fits_N], new_weight[fits_N]
+            gets_N = new_weight >= weights[row_N, slot_N]
+            row_N, slot_N = row_N[gets_N], slot_N[gets_N]
+            successor[row_N, slot_N] = new_after[gets_N].to(torch.int32)
+            weights[row_N, slot_N] = new_weight[gets_N]
         touched: Tensor = torch.unique(before_P)
         return touched
 

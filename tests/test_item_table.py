@@ -369,8 +369,9 @@ def test_the_weakest_successor_makes_room() -> None:
         _count(table, [[1]], [item])
     f = TRANSITION_DECAY
     assert _successors(table, 1) == pytest.approx({2: f**2, 3: f + 1}, rel=1e-6)
+    # What is lighter than all that is in stays out.
     _count(table, [[7, 1]], [4])
-    assert _successors(table, 1) == pytest.approx({3: f * (f + 1), 4: 1 / math.sqrt(2)}, rel=1e-6)
+    assert _successors(table, 1) == pytest.approx({2: f**3, 3: f * (f + 1)}, rel=1e-6)
     _count(table, [[1]], [5])
     assert _successors(table, 1) == pytest.approx({3: f**2 * (f + 1), 5: 1}, rel=1e-6)
     # What had to go starts anew.
@@ -378,13 +379,28 @@ def test_the_weakest_successor_makes_room() -> None:
     assert _successors(table, 1) == pytest.approx({3: f**3 * (f + 1), 2: 1}, rel=1e-6)
 
 
+def test_what_is_lighter_gets_in_once_what_is_in_has_faded() -> None:
+    table = _table(successors=2)
+    for item in (2, 3, 3, 3):
+        _count(table, [[1]], [item])
+    tries = 0
+    while 4 not in _successors(table, 1):
+        _count(table, [[7, 1]], [4])
+        tries += 1
+    # After so many further uses the weakest is no heavier than 1 / sqrt(2).
+    assert TRANSITION_DECAY ** (3 + tries) <= 1 / math.sqrt(2) < TRANSITION_DECAY ** (2 + tries)
+
+
 def test_new_successors_of_one_batch_take_the_weakest_slots_in_turn() -> None:
     table = _table(successors=3)
     _count(table, [[1]] * 6, [2, 2, 2, 3, 4, 4])
     assert _successors(table, 1) == {2: 3.0, 3: 1.0, 4: 2.0}
-    # 5 takes the place of 3, 6 that of 4; 2 fades three times, grows and stays.
-    _count(table, [[1]] * 3, [6, 5, 2])
-    assert _successors(table, 1) == pytest.approx({2: 3 * TRANSITION_DECAY**3 + 1, 5: 1.0, 6: 1.0}, rel=1e-6)
+    # 5 takes the place of 3, 6 that of 4, 7 finds none; 2 fades six times, grows and stays.
+    _count(table, [[1]] * 6, [7, 6, 6, 5, 5, 2])
+    assert _successors(table, 1) == pytest.approx({2: 3 * TRANSITION_DECAY**6 + 1, 5: 2.0, 6: 2.0}, rel=1e-6)
+    # 8 takes the place of 6, faded to less; 9 would have to take the place of something heavier.
+    _count(table, [[1]] * 3, [9, 8, 8])
+    assert _successors(table, 1).keys() == {2, 5, 8}
     # More than there are slots: the first rows get in.
     other = _table(successors=2)
     _count(other, [[1]] * 4, [5, 4, 3, 2])
@@ -392,12 +408,13 @@ def test_new_successors_of_one_batch_take_the_weakest_slots_in_turn() -> None:
 
 
 def _by_the_rule(held: list[tuple[int, float]], added: dict[int, float]) -> list[tuple[int, float]]:
-    """Return an item's slots after one feedback: the known grow, then new ones take the weakest, the heaviest first."""
+    """Return an item's slots after one feedback: the known grow, new ones take the weakest where no lighter than it."""
     slots = [(row, weight + added.get(row, 0.0)) if row else (row, weight) for row, weight in held]
     weakest = sorted(range(len(slots)), key=lambda s: slots[s][1])
     new = sorted(added.keys() - {row for row, _ in held}, key=lambda row: (-added[row], row))
     for slot, row in zip(weakest, new, strict=False):
-        slots[slot] = (row, added[row])
+        if np.float32(added[row]) >= np.float32(slots[slot][1]):
+            slots[slot] = (row, added[row])
     return slots
 
 
