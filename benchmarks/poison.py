@@ -40,7 +40,7 @@ from recsys.settings import Settings, load
 from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.weights import VersionRecord
 from recsys.weights.replica import SERVED_COLUMNS, Replica
-from trainer.examples import batches, encode
+from trainer.examples import batches
 from trainer.log_learner import LogLearner, Outcome
 from trainer.metrics import TrainerMetrics
 from trainer.prequential import Prequential
@@ -190,8 +190,8 @@ class Run:
             self.set_aside += learning.consumed
             self._learning = self._new()
             self._learning.learner.restore(*self._good)
-            events = [event for each in self._past if each.record and (event := self._learning._event(each.record))]
-            self._learning.learner.window.add(encode(events, self._settings))
+            past = self._learning._examples([each.record for each in self._past if each.record])
+            self._learning.learner.window.add(past)
             self._learning.learner.take_changed()
             self._version = []
             self._learning.begin(VersionRecord(version=self.versions, position=entry.position))
@@ -199,15 +199,10 @@ class Run:
 
     def _ranks(self, entries: list[LogEntry]) -> np.ndarray:
         """Rank the items of clean entries with the version being served."""
-        events = []
-        for entry in entries:
-            assert entry.record is not None
-            event = self._learning._event(entry.record)
-            assert event is not None
-            events.append(event)
+        examples = self._learning._examples([entry.record for entry in entries if entry.record])
         self._served.table.allocate(self._learning.learner.table.item_ids[self._served.table.rows :])
         with torch.no_grad():
-            report, _ = self._test.test(encode(events, self._settings), None, self._served.table.standing())
+            report, _ = self._test.test(examples, None, self._served.table.standing())
         return report.rank_B
 
 
