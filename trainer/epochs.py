@@ -168,9 +168,7 @@ class Epochs:
         for examples, seen in self._train.batches(size, order):
             if first and self._arrivals is not None:
                 self._arrivals.reach(examples)
-            if not first and self._own is not None:
-                seen = [self._own[account] for account in examples.account_B.tolist()]
-            report = learner.step(examples, seen, again=not first)
+            report = learner.step(examples, seen if first else self._had(examples), again=not first)
             losses.append(report.losses.get("item", np.nan))
             done += len(examples)
             progress(epoch, len(self._train) * done // len(order))
@@ -189,6 +187,12 @@ class Epochs:
         random = np.random.Generator(np.random.Philox(key=settings.seed, counter=[0, epoch, SHUFFLE, 0]))
         size = max(settings.batch_size, min(MOST_CHOICES, len(self._choices) // LEAST_STEPS))
         return size, random.permutation(self._choices)
+
+    def _had(self, examples: Examples) -> list[Rows] | None:
+        """Return all that each example's user ever chose of what is learned, None where time tells."""
+        if self._own is None:
+            return None
+        return [self._own[account] for account in examples.account_B.tolist()]
 
     def _mixed(self) -> dict[str, float]:
         """Teach the mixing weights on what is kept apart; return what was found there.

@@ -107,7 +107,7 @@ class Learner:
         `seen` gives per example the rows that the user already has, left out of the ranking; by default its history.
         `again` tells that the examples were learned before, as in a further epoch over a file: then they are neither
         tested nor counted, nothing is replayed with them, and their classes, which the head would know by heart, are
-        not learned. What is `seen` is then left out of what they are told from.
+        not learned. What is `seen`, if given, is then left out of what they are told from.
         A batch whose loss or gradient is not finite leaves the weights as they are and reports learned = False.
         """
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 1, 0]))
