@@ -391,7 +391,8 @@ class Learner:
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
         class_X = to_tensor(examples.class_B, self.device)
-        negative_N = self._negatives(random, again=len(examples) if standing_IS is None else 0)
+        drawn_N = self._negatives(random, again=len(examples) if standing_IS is None else 0)
+        negative_N = to_tensor(drawn_N, self.device)
         every = torch.cat([histories.rows_BL.reshape(-1), item_X, negative_N])
         rows_U, inverse = torch.unique(every, return_inverse=True)
         vectors_UD = self.table.columns["vector"][rows_U].requires_grad_(self.strategies.rows)
@@ -402,9 +403,10 @@ class Learner:
         # Items without a row are not learned.
         positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0) & (item_X != 0)
         negatives_ND = F.embedding(inverse[places + count :], vectors_UD)
-        own_XN = negative_N == item_X[:, None]
-        if seen is not None:
-            own_XN |= self._among(seen, negative_N)
+        if seen is None:
+            own_XN = (negative_N == item_X[:, None]) * MASKED
+        else:
+            own_XN = self._among(seen, examples.item_B, drawn_N)
         item_loss = self._item_loss(states_XD, items_XD, negatives_ND, own_XN, positive_X)
         class_loss = torch.zeros((), device=self.device)
         if standing_IS is not None:
@@ -466,33 +468,33 @@ class Learner:
     ) -> Tensor:
         """Sampled softmax: each uniform negative stands for (items / N) others; the positive is there for certain.
 
-        Negatives that are the user's own are left out.
+        `own_XN` is MASKED for negatives that are the user's own, which are left out, and 0 for others: it is added, as
+        to fill in where many are costs several times as much.
         """
         own_X1 = (states_XD * items_XD).sum(1, keepdim=True)
-        others_XN = states_XD @ negatives_ND.T + math.log(self._learning_items() / len(negatives_ND))
-        others_XN = others_XN.masked_fill(own_XN, MASKED)
+        others_XN = states_XD @ negatives_ND.T + math.log(self._learning_items() / len(negatives_ND)) + own_XN
         loss_X = torch.cat([own_X1, others_XN], 1).logsumexp(1) - own_X1[:, 0]
         return (loss_X * positive_X).sum() / positive_X.sum().clamp_min(1)
 
-    def _negatives(self, random: np.random.Generator, again: int) -> Tensor:
+    def _negatives(self, random: np.random.Generator, again: int) -> np.ndarray:
         """Draw the rows of a step's negatives; where `again` examples are learned again, more of them, each once."""
         learning, count = self._learning_items(), max(self.settings.negatives, NEGATIVES_AGAIN * again)
         if again:
             number_N = 1 + random.choice(learning, min(count, learning), replace=False, shuffle=False)
         else:
             number_N = random.integers(1, learning + 1, count)
-        return to_tensor(self.table.used_rows(number_N, self.contents.cold_rows), self.device)
+        return self.table.used_rows(number_N, self.contents.cold_rows)
 
-    def _among(self, seen: Sequence[np.ndarray], negative_N: Tensor) -> Tensor:
-        """Tell which negatives, no two of them alike, each example's user has."""
-        count = len(negative_N)
-        place_I = torch.full((self.table.rows,), count, device=self.device)
-        place_I[negative_N] = torch.arange(count, device=self.device)
-        example_H = to_tensor(np.repeat(np.arange(len(seen)), [len(rows) for rows in seen]), self.device)
+    def _among(self, seen: Sequence[np.ndarray], item_X: np.ndarray, negative_N: np.ndarray) -> Tensor:
+        """Return MASKED for negatives, no two of them alike, that each example's user has, its own item included."""
+        place_I = np.full(self.table.rows, len(negative_N))
+        place_I[negative_N] = np.arange(len(negative_N))
         # One place more is for what is no negative.
-        among_XN = torch.zeros(len(seen), count + 1, dtype=torch.bool, device=self.device)
-        among_XN[example_H, place_I[to_tensor(np.concatenate(seen), self.device)]] = True
-        return among_XN[:, :count]
+        among_XN = np.zeros((len(seen), len(negative_N) + 1), np.float32)
+        among_XN[np.arange(len(seen)), place_I[item_X]] = MASKED
+        for among_N, rows in zip(among_XN, seen, strict=True):
+            among_N[place_I[rows]] = MASKED
+        return torch.from_numpy(among_XN[:, :-1]).to(self.device)
 
     def _learning_items(self) -> int:
         return max(1, len(self.table) - len(self.contents.cold_rows))
