@@ -385,7 +385,7 @@ class Learner:
     ) -> _Losses:
         """Compute the losses of a batch: new examples, reported on, replayed ones, impressions that were followed.
 
-        Without a standing of items that over the classes is left out; rows in `seen` are nobody's negatives there.
+        Without a standing of items that over the classes is left out. What is `seen` is no negative of its example.
         """
         self.network.train()
         histories = examples.histories(self.device)
@@ -469,7 +469,7 @@ class Learner:
         """Sampled softmax: each uniform negative stands for (items / N) others; the positive is there for certain.
 
         `own_XN` is MASKED for negatives that are the user's own, which are left out, and 0 for others: it is added, as
-        to fill in where many are costs several times as much.
+        filling in costs more where there are many.
         """
         own_X1 = (states_XD * items_XD).sum(1, keepdim=True)
         others_XN = states_XD @ negatives_ND.T + math.log(self._learning_items() / len(negatives_ND)) + own_XN
