@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from numpy.typing import NDArray
 
 from recsys.feedback_file import open_feedback_file
 from recsys.settings import Settings, load
@@ -16,9 +16,11 @@ from recsys.weights import encode
 from trainer import mixing
 from trainer.epochs import LEAST_STEPS, Encoded, Epoch, Epochs, summary
 from trainer.evaluation.stream import Case, Stream
+from trainer.examples import Examples
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
 from trainer.mixing import fit_mixing
+from trainer.quality import Rows
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -78,12 +80,54 @@ def test_learned_again_a_choice_is_told_from_all_items_where_they_are_few(tmp_pa
     learner, cases = learner_and_cases(made_up(tmp_path), dropout=0.0, negatives=2)
     examples = encode_events([case.event for case in cases[:80]], learner.settings)
     learner.step(examples)
+    chosen = np.array([case.positive and len(case.event.history.rows) > 0 for case in cases[:80]])
+    expected = told_from(learner, examples, [np.zeros(0, np.int64)] * 80)[chosen].mean()
+    assert learner.step(examples, again=True).losses["item"] == pytest.approx(expected, rel=1e-5)
+
+
+def told_from(learner: Learner, examples: Examples, own: list[Rows]) -> NDArray[np.float32]:
+    """Return for each example minus the logarithm of its item's share among all that are not the user's own."""
     histories, vectors = examples.histories(CPU), learner.table.column("vector")
     with torch.no_grad():
-        scores = learner.network.eval().states(vectors, histories.rows_BL, histories) @ vectors[1:].T
-        losses = F.cross_entropy(scores, torch.from_numpy(examples.item_B) - 1, reduction="none").numpy()
+        scores = (learner.network.eval().states(vectors, histories.rows_BL, histories) @ vectors.T).exp().numpy()
+    scores[:, 0] = 0
+    chosen = scores[np.arange(len(examples)), examples.item_B]
+    for score, rows, item in zip(scores, own, examples.item_B, strict=True):
+        score[rows[rows != item]] = 0
+    return -np.log(chosen / scores.sum(1))
+
+
+def test_learned_again_a_choice_is_told_from_nothing_that_the_user_has(tmp_path: Path) -> None:
+    """What users have may hold the choice itself, items of their histories and others, or nothing."""
+    learner, cases = learner_and_cases(made_up(tmp_path), dropout=0.0, negatives=2)
+    examples = encode_events([case.event for case in cases[:80]], learner.settings)
+    learner.step(examples)
+    random = np.random.default_rng(3)
+    own = [1 + random.permutation(12)[: random.integers(0, 9)] for _ in cases[:80]]
     chosen = np.array([case.positive and len(case.event.history.rows) > 0 for case in cases[:80]])
-    assert learner.step(examples, again=True).losses["item"] == pytest.approx(losses[chosen].mean(), rel=1e-5)
+    expected = told_from(learner, examples, own)[chosen].mean()
+    assert expected < told_from(learner, examples, [case.seen for case in cases[:80]])[chosen].mean()
+    assert learner.step(examples, own, again=True).losses["item"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_learned_again_no_negative_comes_twice(tmp_path: Path) -> None:
+    learner, cases = learner_and_cases(made_up(tmp_path, 600, items=60), negatives=50)
+    learner.step(encode_events([case.event for case in cases], learner.settings))
+    assert len(learner.table) == 60
+    random = np.random.default_rng(4)
+    drawn = [learner._negatives(random, again=2).tolist() for _ in range(50)]
+    assert all(len(set(rows)) == len(rows) == 50 for rows in drawn)
+    assert set().union(*drawn) == set(range(1, 61))
+    assert sorted(learner._negatives(random, again=20).tolist()) == list(range(1, 61))
+
+
+@pytest.mark.parametrize("timeless", [False, True])
+def test_where_time_tells_nothing_what_a_user_chose_later_is_no_negative(tmp_path: Path, timeless: bool) -> None:
+    """Every user chose every item, so that there is nothing else to tell a choice from."""
+    learner, cases = learner_and_cases(made_up(tmp_path, 600, items=4))
+    epochs = Epochs(learner, cases, [], timeless=timeless)
+    epochs.run(2, 2)
+    assert (epochs.history[1].loss == 0) == timeless
 
 
 def test_where_classes_alone_learn_learning_again_changes_nothing(tmp_path: Path) -> None:

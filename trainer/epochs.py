@@ -7,7 +7,8 @@ before it is, afterwards of what is kept apart.
 
 Where what is asked lies anywhere in the time of what is learned, not behind it, what followed what must not fade: after
 the first epoch it is counted anew. The mixing weights then begin anew after every epoch, which makes the epochs alike
-but for what they taught the network.
+but for what they taught the network. And what a user chose later is no sign that it was not liked: further epochs tell
+each choice from what the user never chose.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ class Epochs:
         examples = self._train.examples
         positive = np.array([c.positive for c in learner.settings.classes])
         # What is no choice, or has no history, the network cannot learn from.
-        self._choices = np.flatnonzero(positive[examples.class_B] & (examples.rows_BL[:, -1] != PADDING_ROW))
+        chosen_B = positive[examples.class_B]
+        self._choices = np.flatnonzero(chosen_B & (examples.rows_BL[:, -1] != PADDING_ROW))
+        self._own = _by_account(examples.account_B[chosen_B], examples.item_B[chosen_B]) if timeless else None
         self.history: list[Epoch] = []
         self.best = 0
 
@@ -165,7 +168,7 @@ class Epochs:
         for examples, seen in self._train.batches(size, order):
             if first and self._arrivals is not None:
                 self._arrivals.reach(examples)
-            report = learner.step(examples, seen, again=not first)
+            report = learner.step(examples, seen if first else self._had(examples), again=not first)
             losses.append(report.losses.get("item", np.nan))
             done += len(examples)
             progress(epoch, len(self._train) * done // len(order))
@@ -185,6 +188,12 @@ class Epochs:
         size = max(settings.batch_size, min(MOST_CHOICES, len(self._choices) // LEAST_STEPS))
         return size, random.permutation(self._choices)
 
+    def _had(self, examples: Examples) -> list[Rows] | None:
+        """Return all that each example's user ever chose of what is learned, None where time tells."""
+        if self._own is None:
+            return None
+        return [self._own[account] for account in examples.account_B.tolist()]
+
     def _mixed(self) -> dict[str, float]:
         """Teach the mixing weights on what is kept apart; return what was found there.
 
@@ -196,6 +205,13 @@ class Epochs:
         if self._timeless:
             return summary(fit_mixing(learner, apart))
         return summary([learner.learn_mixing(*batch) for batch in apart])
+
+
+def _by_account(account_B: Rows, item_B: Rows) -> dict[int, Rows]:
+    """Return the distinct items that each account chose."""
+    pairs_P2 = np.unique(np.stack([account_B, item_B], 1), axis=0)
+    accounts, starts = np.unique(pairs_P2[:, 0], return_index=True)
+    return dict(zip(accounts.tolist(), np.split(pairs_P2[:, 1], starts[1:]), strict=True))
 
 
 def summary(reports: Sequence[StepReport]) -> dict[str, float]:

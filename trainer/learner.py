@@ -107,7 +107,7 @@ class Learner:
         `seen` gives per example the rows that the user already has, left out of the ranking; by default its history.
         `again` tells that the examples were learned before, as in a further epoch over a file: then they are neither
         tested nor counted, nothing is replayed with them, and their classes, which the head would know by heart, are
-        not learned.
+        not learned. What is `seen`, if given, is then left out of what they are told from.
         A batch whose loss or gradient is not finite leaves the weights as they are and reports learned = False.
         """
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 1, 0]))
@@ -125,7 +125,7 @@ class Learner:
         if followed is not None:
             batch = join([batch, followed.impressions])
         with self.strategies.learning(self.steps):
-            losses = self._loss(batch, report, followed, standing_IS, random)
+            losses = self._loss(batch, report, followed, standing_IS, random, seen if again else None)
             loss = losses.total
             # Learned again where classes alone learn, there is nothing to learn.
             if loss.requires_grad:
@@ -381,16 +381,18 @@ class Learner:
         followed: Followed | None,
         standing_IS: Tensor | None,
         random: np.random.Generator,
+        seen: Sequence[np.ndarray] | None,
     ) -> _Losses:
         """Compute the losses of a batch: new examples, reported on, replayed ones, impressions that were followed.
 
-        Without a standing of items that over the classes is left out.
+        Without a standing of items that over the classes is left out. What is `seen` is no negative of its example.
         """
         self.network.train()
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
         class_X = to_tensor(examples.class_B, self.device)
-        negative_N = self._negatives(random, again=len(examples) if standing_IS is None else 0)
+        drawn_N = self._negatives(random, again=len(examples) if standing_IS is None else 0)
+        negative_N = to_tensor(drawn_N, self.device)
         every = torch.cat([histories.rows_BL.reshape(-1), item_X, negative_N])
         rows_U, inverse = torch.unique(every, return_inverse=True)
         vectors_UD = self.table.columns["vector"][rows_U].requires_grad_(self.strategies.rows)
@@ -401,7 +403,11 @@ class Learner:
         # Items without a row are not learned.
         positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0) & (item_X != 0)
         negatives_ND = F.embedding(inverse[places + count :], vectors_UD)
-        item_loss = self._item_loss(states_XD, items_XD, negatives_ND, item_X, negative_N, positive_X)
+        if seen is None:
+            own_XN = (negative_N == item_X[:, None]) * MASKED
+        else:
+            own_XN = self._among(seen, examples.item_B, drawn_N)
+        item_loss = self._item_loss(states_XD, items_XD, negatives_ND, own_XN, positive_X)
         class_loss = torch.zeros((), device=self.device)
         if standing_IS is not None:
             states = states_XD.detach(), items_XD.detach()
@@ -457,23 +463,38 @@ class Learner:
         states_XD: Tensor,
         items_XD: Tensor,
         negatives_ND: Tensor,
-        item_X: Tensor,
-        negative_N: Tensor,
+        own_XN: Tensor,
         positive_X: Tensor,
     ) -> Tensor:
-        """Sampled softmax: each uniform negative stands for (items / N) others; the positive is there for certain."""
+        """Sampled softmax: each uniform negative stands for (items / N) others; the positive is there for certain.
+
+        `own_XN` is MASKED for negatives that are the user's own, which are left out, and 0 for others: it is added, as
+        filling in costs more where there are many.
+        """
         own_X1 = (states_XD * items_XD).sum(1, keepdim=True)
-        others_XN = states_XD @ negatives_ND.T + math.log(self._learning_items() / len(negative_N))
-        others_XN = others_XN.masked_fill(negative_N == item_X[:, None], MASKED)
+        others_XN = states_XD @ negatives_ND.T + math.log(self._learning_items() / len(negatives_ND)) + own_XN
         loss_X = torch.cat([own_X1, others_XN], 1).logsumexp(1) - own_X1[:, 0]
         return (loss_X * positive_X).sum() / positive_X.sum().clamp_min(1)
 
-    def _negatives(self, random: np.random.Generator, again: int) -> Tensor:
-        """Draw the rows of a step's negatives; where `again` examples are learned again, more of them, or all once."""
+    def _negatives(self, random: np.random.Generator, again: int) -> np.ndarray:
+        """Draw the rows of a step's negatives; where `again` examples are learned again, more of them, each once."""
         learning, count = self._learning_items(), max(self.settings.negatives, NEGATIVES_AGAIN * again)
-        every = again > 0 and count >= learning
-        number_N = np.arange(1, learning + 1) if every else random.integers(1, learning + 1, count)
-        return to_tensor(self.table.used_rows(number_N, self.contents.cold_rows), self.device)
+        if again:
+            number_N = 1 + random.choice(learning, min(count, learning), replace=False, shuffle=False)
+        else:
+            number_N = random.integers(1, learning + 1, count)
+        return self.table.used_rows(number_N, self.contents.cold_rows)
+
+    def _among(self, seen: Sequence[np.ndarray], item_X: np.ndarray, negative_N: np.ndarray) -> Tensor:
+        """Return MASKED for negatives, no two of them alike, that each example's user has, its own item included."""
+        place_I = np.full(self.table.rows, len(negative_N))
+        place_I[negative_N] = np.arange(len(negative_N))
+        # One place more is for what is no negative.
+        among_XN = np.zeros((len(seen), len(negative_N) + 1), np.float32)
+        among_XN[np.arange(len(seen)), place_I[item_X]] = MASKED
+        for among_N, rows in zip(among_XN, seen, strict=True):
+            among_N[place_I[rows]] = MASKED
+        return torch.from_numpy(among_XN[:, :-1]).to(self.device)
 
     def _learning_items(self) -> int:
         return max(1, len(self.table) - len(self.contents.cold_rows))
