@@ -41,7 +41,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _settings(**values: Any) -> Settings:
     small = {
         **{"classes": "clicks", "dimension": 8, "history_length": 6, "successors": 8, "context_buckets": 32},
-        **{"max_context": 2, "batch_size": 8, "replay_size": 16, "replay_capacity": 50, "negatives": 16},
+        **{"max_context": 2, "batch_size": 8, "replay_size": 16, "replay_every": 16, "replay_capacity": 50},
+        **{"negatives": 16},
     }
     return load({**small, **values}, environment={})
 
@@ -137,7 +138,8 @@ def test_the_same_feedback_gives_the_same_bits(blocks: int) -> None:
         torch.manual_seed(int(np.random.default_rng().integers(1000)))
         assert _same_report(report, _learn(other, batch))
         assert _payloads(one) == _payloads(other)
-    assert one.steps == 15
+    # 15 batches, and a replay behind every second.
+    assert one.steps == 15 + 7
 
 
 def test_the_seed_has_a_say() -> None:
@@ -221,7 +223,7 @@ def test_what_is_not_finite_is_not_learned(device: torch.device) -> None:
     served_after, own_after = learner.write(_every_row(learner), 1)
     assert encode(served_after) == encode(served)
     # A step is counted all the same, so that randomness does not repeat; all else stays.
-    assert own_after.dense["steps"].tolist() == [9]
+    assert own_after.dense["steps"].tolist() == [8 + 4 + 1]
     own_after.dense["steps"] = own.dense["steps"]
     assert encode(own_after) == encode(own)
     assert learner.take_changed().tolist() == []
@@ -368,8 +370,8 @@ def test_impressions_are_no_events_and_count_as_feedback_alone(device: torch.dev
 
 
 WALK = {
-    **{"batch_size": 64, "replay_size": 192, "replay_capacity": 4000, "negatives": 64, "dimension": 16},
-    **{"successors": 32, "learning_rate": 0.005},
+    **{"batch_size": 64, "replay_size": 192, "replay_every": 64, "replay_capacity": 4000, "negatives": 64},
+    **{"dimension": 16, "successors": 32, "learning_rate": 0.005},
 }
 
 

@@ -19,10 +19,9 @@ from typing import Protocol
 
 import numpy as np
 
-from recsys.item_table import PADDING_ROW
 from recsys.weights import decode, encode
 from trainer.arrivals import Arrivals, held
-from trainer.examples import Event, Examples, join
+from trainer.examples import Event, Examples, join, learnable
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
 from trainer.mixing import fit_mixing
@@ -126,8 +125,7 @@ class Epochs:
         self._train, self._validation = Encoded(train, learner), Encoded(validation, learner)
         examples = self._train.examples
         positive = np.array([c.positive for c in learner.settings.classes])
-        # What is no choice, or has no history, the network cannot learn from.
-        self._choices = np.flatnonzero(positive[examples.class_B] & (examples.rows_BL[:, -1] != PADDING_ROW))
+        self._choices = learnable(positive, examples.item_B, examples.class_B, examples.rows_BL)
         self.history: list[Epoch] = []
         self.best = 0
 
