@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from recsys.accounts import PLACES
 from recsys.encoding import RowHistory
 from recsys.item_table import PADDING_ROW
 from recsys.settings import Settings, load
@@ -23,6 +24,7 @@ from trainer.full_ranking import ranks
 from trainer.learner import SQUARED_GRADIENT, Learner
 from trainer.prequential import StepReport
 from trainer.quality import MISS, NO_EVENT
+from trainer.trust import ACCOUNTS, TRUST
 
 CPU = torch.device("cpu")
 IMPRESSION, CLICK = 0, 1
@@ -158,6 +160,27 @@ def test_every_step_changes_what_is_learned() -> None:
     # What follows an item in this batch may be known already, and the slots' order then stays; no item is new.
     same = {name for name, old in columns.items() if torch.equal(old, learner.table.column(name))}
     assert same - {"successor"} == {"first", *CONTENT_COLUMNS}
+
+
+@pytest.mark.parametrize("distrusted", [False, True])
+def test_what_is_distrusted_is_not_replayed(distrusted: bool) -> None:
+    site, account = _Site(), 9
+    chosen = [site.event(n % 5, n % 7)._replace(account=account) for n in range(40)]
+    shown = [site.event(n % 5, n % 7, IMPRESSION) for n in range(16)]
+    learner = Learner(_settings(replay_every=16), CPU)
+    _allocate(learner, chosen)
+    learner.remember(encode_events(chosen, learner.settings), 40)
+    memory, accounts = (learner.trust.write()[name] for name in (TRUST, ACCOUNTS))
+    accounts[:, account] = account, 0, 1
+    memory[0], memory[-PLACES:][account] = distrusted, -1.0
+    learner.trust.restore({TRUST: memory, ACCOUNTS: accounts})
+    before = learner.table.column("vector").clone()
+    # Impressions do not move vectors: what does is what is replayed behind them.
+    _learn(learner, shown[:15])
+    assert torch.equal(before, learner.table.column("vector"))
+    _learn(learner, shown[15:])
+    assert torch.equal(before, learner.table.column("vector")) == distrusted
+    assert learner.steps == (2 if distrusted else 3)
 
 
 # Stopped and started

@@ -205,18 +205,17 @@ class ReplayWindow:
             ):
                 array[lines] = closed
 
-    def draw(self, count: int, random: np.random.Generator, newest: int | None = None) -> Examples:
-        """Draw `count` of the `newest` examples (default all) uniformly, with replacement; none when there are none."""
-        size = len(self) if newest is None else min(newest, len(self))
+    def draw(self, count: int, random: np.random.Generator) -> Examples:
+        """Draw `count` examples uniformly, with replacement; none when there are none."""
         # By age, so that a window rebuilt from the log alone gives the same draws whatever its first place was.
-        return self._aged(random.integers(1, size + 1, count if size else 0))
+        return self._aged(random.integers(1, len(self) + 1, count if len(self) else 0))
 
     def draw_choices(self, count: int, random: np.random.Generator, newest: int | None = None) -> Examples:
-        """Draw likewise, but of what can be learned again: see `learnable`."""
-        size = len(self) if newest is None else min(newest, len(self))
+        """Draw likewise, but of what is `learnable` alone, among the `newest` examples (default all)."""
         known = (self._arrays[name][: len(self)] for name in ("item_B", "class_B", "rows_BL"))
         age_E = np.sort(self._age(learnable(self._positive_C, *known)))
-        age_E = age_E[age_E <= size]
+        if newest is not None:
+            age_E = age_E[age_E <= newest]
         return self._aged(age_E[random.integers(0, max(1, len(age_E)), count if len(age_E) else 0)])
 
 
