@@ -82,7 +82,7 @@ def close_up(histories: Sequence[Integers], gone_BL: npt.NDArray[np.bool_]) -> l
     return [np.take_along_axis(np.where(kept_BL, each, 0).astype(np.int64), order_BL, 1) for each in histories]
 
 
-def learnable(positive_C: npt.NDArray[np.bool_], item_B: Integers, class_B: Integers, rows_BL: Integers) -> Integers:
+def learnable(positive_C: npt.NDArray[np.bool_], item_B: Integers, class_B: Integers, rows_BL: Integers) -> Array:
     """Return the places of what a network of histories learns from: choices of an item, with something before them."""
     learnable_B = positive_C[class_B] & (item_B != PADDING_ROW) & (rows_BL[:, -1] != PADDING_ROW)
     return np.flatnonzero(learnable_B)
