@@ -27,28 +27,33 @@ from trainer.evaluation.stream import Stream
 from trainer.examples import batches, encode
 from trainer.learner import Learner
 
-# Parts of a step; those of the second kind look at every item, the ranking within the test.
-PARTS = ("test", "forward", "backward", "apply", "count")
+# Parts of a step, and what is replayed between steps as a whole; those of the second kind look at every item, the
+# ranking within the test.
+PARTS = ("test", "forward", "backward", "apply", "count", "replay")
 ALL_ITEMS = ("standing", "ranking")
 # Items allocated at once.
 ALLOCATED_AT_ONCE = 100_000
 
 
 class Clock:
-    """Add up the time that calls take, by name."""
+    """Add up the time that calls take, by name; what a replay calls is within that alone."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._replaying = False
         self._now = time.perf_counter if torch.cuda.is_available() else time.thread_time
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, timed."""
 
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            started = self._now()
+            if self._replaying:
+                return function(*arguments, **named)
+            self._replaying, started = name == "replay", self._now()
             try:
                 return function(*arguments, **named)
             finally:
+                self._replaying = False
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
@@ -57,7 +62,8 @@ class Clock:
 
     def watch(self, learner: Learner) -> None:
         """Time a learner's steps and their parts."""
-        for name, part in (("_loss", "forward"), ("_apply", "apply"), ("_count", "count"), ("step", "step")):
+        parts = {"_loss": "forward", "_apply": "apply", "_count": "count", "_replay": "replay", "step": "step"}
+        for name, part in parts.items():
             setattr(learner, name, self.timed(part, getattr(learner, name)))
         learner.prequential.test = self.timed("test", learner.prequential.test)  # type: ignore[method-assign]
         learner.table.standing = self.timed("standing", learner.table.standing)  # type: ignore[method-assign]

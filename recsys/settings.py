@@ -40,8 +40,9 @@ class FeedbackClass(BaseModel):
 # What the learned weights depend on: two trainers that agree on these and on the log learn the same bits.
 LEARNING_SETTINGS = {
     *("classes", "dimension", "history_length", "blocks", "heads", "successors", "context_buckets", "max_context"),
-    *("seed", "batch_size", "replay_size", "replay_capacity", "negatives", "learning_rate", "row_learning_rate"),
-    *("weight_decay", "dropout", "gradient_clip", "batches_per_version", "torch_threads"),
+    *("seed", "batch_size", "replay_size", "replay_every", "replay_capacity", "negatives"),
+    *("learning_rate", "row_learning_rate", "weight_decay", "dropout", "gradient_clip"),
+    *("batches_per_version", "torch_threads"),
     *("batch_seconds", "batch_growth"),
     *("item_admission", "item_expiry", "max_items"),
     *("trainable", "lora_rank", "optimizer", "average_decay", "anchor_steps", "l2sp_weight", "ewc_weight"),
@@ -225,11 +226,14 @@ class Settings(BaseModel):
     batch_growth: int = Field(
         4, ge=1, le=1024, description="times batch_size that a batch grows to when feedback comes fast; 1: never grows"
     )
-    replay_size: int = Field(128, ge=0, le=65_536, description="earlier feedback replayed in each step")
+    replay_size: int = Field(512, ge=0, le=65_536, description="earlier choices that are replayed together")
+    replay_every: int = Field(
+        512, ge=1, le=1 << 20, description="feedback that is learned from one replay to the next, at most one a batch"
+    )
     replay_capacity: int = Field(
         100_000, ge=1, description="most recent feedback that replay draws from; the log keeps at least these"
     )
-    negatives: int = Field(512, ge=1, le=65_536, description="sampled negatives per step, shared by the batch")
+    negatives: int = Field(1024, ge=1, le=65_536, description="sampled negatives per step, shared by the batch")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="AdamW, dense part")
     row_learning_rate: float = Field(0.05, gt=0, le=10, description="row-wise Adagrad, item rows")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW, dense part")

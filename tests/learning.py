@@ -29,8 +29,8 @@ from trainer.metrics import TrainerMetrics
 CPU = torch.device("cpu")
 SMALL = {
     **{"dimension": 8, "history_length": 5, "heads": 2, "successors": 4, "context_buckets": 8, "max_context": 2},
-    **{"batch_size": 4, "replay_size": 6, "replay_capacity": 1000, "negatives": 8, "batches_per_version": 2},
-    **{"publish_seconds": 1.0, "device": "cpu", "batch_growth": 1},
+    **{"batch_size": 4, "replay_size": 6, "replay_every": 6, "replay_capacity": 1000, "negatives": 8},
+    **{"batches_per_version": 2, "publish_seconds": 1.0, "device": "cpu", "batch_growth": 1},
 }
 START_MS = 1_700_000_000_000
 

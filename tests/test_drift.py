@@ -281,10 +281,10 @@ def test_a_response_ends_when_the_loss_is_back_or_after_its_longest() -> None:
 def test_recent_replay_is_drawn_from_the_newest_alone(settings: Settings) -> None:
     settings = small(settings)
     window = ReplayWindow(settings)
-    window.add(_examples(settings, 50))
-    drawn = window.draw(1000, np.random.default_rng(1), 10)
+    window.add(_examples(settings, 50, rows_BL=np.ones((50, 5), np.int64), class_B=np.ones(50, np.int64)))
+    drawn = window.draw_choices(1000, np.random.default_rng(1), 10)
     assert set(drawn.item_B.tolist()) == set(range(41, 51))
-    again = [window.draw(100, np.random.default_rng(2), newest).item_B.tolist() for newest in (None, 50, 1000)]
+    again = [window.draw_choices(100, np.random.default_rng(2), newest).item_B.tolist() for newest in (None, 50, 1000)]
     assert again[0] == again[1] == again[2]
 
 

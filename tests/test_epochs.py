@@ -25,7 +25,7 @@ from trainer.quality import Rows
 CPU = torch.device("cpu")
 SMALL = {
     **{"dimension": 8, "history_length": 5, "successors": 4, "context_buckets": 8, "max_context": 2},
-    **{"replay_size": 6, "replay_capacity": 100, "negatives": 8, "batch_size": 4},
+    **{"replay_size": 6, "replay_every": 6, "replay_capacity": 100, "negatives": 8, "batch_size": 4},
 }
 
 
@@ -238,7 +238,7 @@ def test_where_single_choices_are_left_out_places_decide_which_epoch_is_best() -
 
 @pytest.mark.parametrize("timeless", [False, True])
 def test_further_epochs_go_through_the_choices_alone(tmp_path: Path, timeless: bool) -> None:
-    learner, cases = learner_and_cases(made_up(tmp_path, 500), batch_size=4, batch_growth=8)
+    learner, cases = learner_and_cases(made_up(tmp_path, 500), batch_size=4, batch_growth=8, replay_size=0)
     choices = sum(case.positive and len(case.event.history.rows) > 0 for case in cases)
     assert choices < len(cases)
     steps = [learner.steps]

@@ -19,7 +19,7 @@ from trainer.evaluation.stream import Stream
 CPU = torch.device("cpu")
 SMALL = {
     **{"dimension": 8, "history_length": 5, "successors": 4, "context_buckets": 8, "max_context": 2},
-    **{"replay_size": 4, "replay_capacity": 100, "negatives": 8, "batch_size": 1},
+    **{"replay_size": 4, "replay_every": 4, "replay_capacity": 100, "negatives": 8, "batch_size": 1},
 }
 # The rank of each by popularity among what its user does not have: 0 where it is new.
 RATINGS = [

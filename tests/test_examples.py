@@ -122,6 +122,21 @@ def test_a_rebuilt_window_draws_the_same(count: int, size: int, other_size: int,
     assert _lines(old.draw(20, _random(seed))) == _lines(rebuilt.draw(20, _random(seed)))
 
 
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 9), st.integers(0, 2**31))
+def test_choices_are_drawn_that_have_something_before_them(count: int, size: int, newest: int, seed: int) -> None:
+    settings, events = _settings(), _events(30)[:count]
+    old, rebuilt = ReplayWindow(settings), ReplayWindow(settings)
+    for part in batches(events, size):
+        old.add(encode(part, settings))
+    rebuilt.add(encode(events[-CAPACITY:], settings))
+    drawn = _lines(old.draw_choices(200, _random(seed), newest))
+    # Row 0 is nobody's: what has it alone before it has nothing.
+    kept = [event for event in events[-min(newest, CAPACITY) :] if event.feedback_class and any(event.history.rows)]
+    assert set(drawn) == set(_lines(encode(kept, settings)))
+    assert drawn == _lines(rebuilt.draw_choices(200, _random(seed), newest))
+
+
 def test_draws_are_uniform() -> None:
     settings = _settings()
     window = ReplayWindow(settings)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from recsys.accounts import PLACES
 from recsys.encoding import RowHistory
 from recsys.item_table import PADDING_ROW
 from recsys.settings import Settings, load
@@ -23,6 +24,7 @@ from trainer.full_ranking import ranks
 from trainer.learner import SQUARED_GRADIENT, Learner
 from trainer.prequential import StepReport
 from trainer.quality import MISS, NO_EVENT
+from trainer.trust import ACCOUNTS, TRUST
 
 CPU = torch.device("cpu")
 IMPRESSION, CLICK = 0, 1
@@ -41,7 +43,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _settings(**values: Any) -> Settings:
     small = {
         **{"classes": "clicks", "dimension": 8, "history_length": 6, "successors": 8, "context_buckets": 32},
-        **{"max_context": 2, "batch_size": 8, "replay_size": 16, "replay_capacity": 50, "negatives": 16},
+        **{"max_context": 2, "batch_size": 8, "replay_size": 16, "replay_every": 16, "replay_capacity": 50},
+        **{"negatives": 16},
     }
     return load({**small, **values}, environment={})
 
@@ -137,7 +140,8 @@ def test_the_same_feedback_gives_the_same_bits(blocks: int) -> None:
         torch.manual_seed(int(np.random.default_rng().integers(1000)))
         assert _same_report(report, _learn(other, batch))
         assert _payloads(one) == _payloads(other)
-    assert one.steps == 15
+    # 15 batches, and a replay behind every second.
+    assert one.steps == 15 + 7
 
 
 def test_the_seed_has_a_say() -> None:
@@ -156,6 +160,27 @@ def test_every_step_changes_what_is_learned() -> None:
     # What follows an item in this batch may be known already, and the slots' order then stays; no item is new.
     same = {name for name, old in columns.items() if torch.equal(old, learner.table.column(name))}
     assert same - {"successor"} == {"first", *CONTENT_COLUMNS}
+
+
+@pytest.mark.parametrize("distrusted", [False, True])
+def test_what_is_distrusted_is_not_replayed(distrusted: bool) -> None:
+    site, account = _Site(), 9
+    chosen = [site.event(n % 5, n % 7)._replace(account=account) for n in range(40)]
+    shown = [site.event(n % 5, n % 7, IMPRESSION) for n in range(16)]
+    learner = Learner(_settings(replay_every=16), CPU)
+    _allocate(learner, chosen)
+    learner.remember(encode_events(chosen, learner.settings), 40)
+    memory, accounts = (learner.trust.write()[name] for name in (TRUST, ACCOUNTS))
+    accounts[:, account] = account, 0, 1
+    memory[0], memory[-PLACES:][account] = distrusted, -1.0
+    learner.trust.restore({TRUST: memory, ACCOUNTS: accounts})
+    before = learner.table.column("vector").clone()
+    # Impressions do not move vectors: what does is what is replayed behind them.
+    _learn(learner, shown[:15])
+    assert torch.equal(before, learner.table.column("vector"))
+    _learn(learner, shown[15:])
+    assert torch.equal(before, learner.table.column("vector")) == distrusted
+    assert learner.steps == (2 if distrusted else 3)
 
 
 # Stopped and started
@@ -221,7 +246,7 @@ def test_what_is_not_finite_is_not_learned(device: torch.device) -> None:
     served_after, own_after = learner.write(_every_row(learner), 1)
     assert encode(served_after) == encode(served)
     # A step is counted all the same, so that randomness does not repeat; all else stays.
-    assert own_after.dense["steps"].tolist() == [9]
+    assert own_after.dense["steps"].tolist() == [8 + 4 + 1]
     own_after.dense["steps"] = own.dense["steps"]
     assert encode(own_after) == encode(own)
     assert learner.take_changed().tolist() == []
@@ -368,8 +393,8 @@ def test_impressions_are_no_events_and_count_as_feedback_alone(device: torch.dev
 
 
 WALK = {
-    **{"batch_size": 64, "replay_size": 192, "replay_capacity": 4000, "negatives": 64, "dimension": 16},
-    **{"successors": 32, "learning_rate": 0.005},
+    **{"batch_size": 64, "replay_size": 192, "replay_every": 64, "replay_capacity": 4000, "negatives": 64},
+    **{"dimension": 16, "successors": 32, "learning_rate": 0.005},
 }
 
 

@@ -110,7 +110,7 @@ def test_what_followed_long_ago_is_found_when_one_is_left_out(tmp_path: Path) ->
         for n in range(length)
         for user in range(first, first + users // 2)
     ]
-    learner = {"batch_size": 20, "successors": 8, "replay_size": 20}
+    learner = {"batch_size": 20, "successors": 8, "replay_size": 20, "replay_every": 20}
     found = leave_one_out(contest(write(tmp_path, rows), "recsys", **learner), TEACHING)
     assert found["events"] == users
     # Both ways lead on from every item; by counts that fade half as many are found.

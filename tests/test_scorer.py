@@ -86,7 +86,9 @@ def planted(settings: Settings) -> list[tuple[VersionRecord, WeightPayload, Weig
 @pytest.fixture(scope="module")
 def learning_settings() -> Settings:
     return small(
-        Settings(), dimension=16, batch_size=16, replay_size=16, negatives=32, row_learning_rate=0.2, worth_weight=0.75
+        Settings(),
+        **{"dimension": 16, "batch_size": 16, "replay_size": 16, "replay_every": 16, "negatives": 32},
+        **{"row_learning_rate": 0.2, "worth_weight": 0.75},
     )
 
 

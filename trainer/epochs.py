@@ -20,10 +20,9 @@ from typing import Protocol
 
 import numpy as np
 
-from recsys.item_table import PADDING_ROW
 from recsys.weights import decode, encode
 from trainer.arrivals import Arrivals, held
-from trainer.examples import Event, Examples, join
+from trainer.examples import Event, Examples, join, learnable
 from trainer.examples import encode as encode_events
 from trainer.learner import Learner
 from trainer.mixing import fit_mixing
@@ -127,9 +126,8 @@ class Epochs:
         self._train, self._validation = Encoded(train, learner), Encoded(validation, learner)
         examples = self._train.examples
         positive = np.array([c.positive for c in learner.settings.classes])
-        # What is no choice, or has no history, the network cannot learn from.
+        self._choices = learnable(positive, examples.item_B, examples.class_B, examples.rows_BL)
         chosen_B = positive[examples.class_B]
-        self._choices = np.flatnonzero(chosen_B & (examples.rows_BL[:, -1] != PADDING_ROW))
         self._own = _by_account(examples.account_B[chosen_B], examples.item_B[chosen_B]) if timeless else None
         self.history: list[Epoch] = []
         self.best = 0

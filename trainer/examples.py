@@ -82,6 +82,12 @@ def close_up(histories: Sequence[Integers], gone_BL: npt.NDArray[np.bool_]) -> l
     return [np.take_along_axis(np.where(kept_BL, each, 0).astype(np.int64), order_BL, 1) for each in histories]
 
 
+def learnable(positive_C: npt.NDArray[np.bool_], item_B: Integers, class_B: Integers, rows_BL: Integers) -> Array:
+    """Return the places of what a network of histories learns from: choices of an item, with something before them."""
+    learnable_B = positive_C[class_B] & (item_B != PADDING_ROW) & (rows_BL[:, -1] != PADDING_ROW)
+    return np.flatnonzero(learnable_B)
+
+
 def join(parts: Sequence[Examples]) -> Examples:
     """Put examples one after another."""
     return Examples(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Examples)))
@@ -121,6 +127,7 @@ class ReplayWindow:
         self._capacity = capacity
         self._added = 0
         self._impressions = Impressions(settings)
+        self._positive_C = np.array([c.positive for c in settings.classes])
         shapes = {
             "rows_BL": ((length,), np.int32),
             "classes_BL": ((length,), np.uint8),
@@ -172,9 +179,12 @@ class ReplayWindow:
     def of_item(self, row: int) -> tuple[Array, Array, Array]:
         """Return ages, classes and impressions' keys of all feedback on an item in the window."""
         places = np.flatnonzero(self._arrays["item_B"][: len(self)] == row)
-        ages = (self._added - 1 - places) % self._capacity + 1
         class_E, key_E = (self._arrays[name][places].astype(np.int64) for name in ("class_B", "impression_B"))
-        return ages.astype(np.int64), class_E, key_E
+        return self._age(places), class_E, key_E
+
+    def _age(self, places: Array) -> Array:
+        ages: Array = (self._added - 1 - places) % self._capacity + 1
+        return ages
 
     def _aged(self, age_M: Array) -> Examples:
         places = (self._added - age_M) % self._capacity
@@ -195,11 +205,18 @@ class ReplayWindow:
             ):
                 array[lines] = closed
 
-    def draw(self, count: int, random: np.random.Generator, newest: int | None = None) -> Examples:
-        """Draw `count` of the `newest` examples (default all) uniformly, with replacement; none when there are none."""
-        size = len(self) if newest is None else min(newest, len(self))
+    def draw(self, count: int, random: np.random.Generator) -> Examples:
+        """Draw `count` examples uniformly, with replacement; none when there are none."""
         # By age, so that a window rebuilt from the log alone gives the same draws whatever its first place was.
-        return self._aged(random.integers(1, size + 1, count if size else 0))
+        return self._aged(random.integers(1, len(self) + 1, count if len(self) else 0))
+
+    def draw_choices(self, count: int, random: np.random.Generator, newest: int | None = None) -> Examples:
+        """Draw likewise, but of what is `learnable` alone, among the `newest` examples (default all)."""
+        known = (self._arrays[name][: len(self)] for name in ("item_B", "class_B", "rows_BL"))
+        age_E = np.sort(self._age(learnable(self._positive_C, *known)))
+        if newest is not None:
+            age_E = age_E[age_E <= newest]
+        return self._aged(age_E[random.integers(0, max(1, len(age_E)), count if len(age_E) else 0)])
 
 
 def batches(stream: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -1,10 +1,10 @@
-"""Learner: test a batch, learn it together with replayed ones, and say what changed.
+"""Learner: test a batch, learn it, now and then learn earlier choices again, and say what changed.
 
 One step is a pure function of the weights, the batch, the replay window and the step's number; on one CPU type,
 torch version and thread count it repeats bit for bit.
 
-Shapes as in recsys.network; N sampled negatives, U distinct rows of a step, E new examples, X those, replayed ones
-and impressions together, of which M were followed.
+Shapes as in recsys.network; N sampled negatives, U distinct rows of a step, E new examples, X those and impressions
+together, of which M were followed.
 """
 
 from __future__ import annotations
@@ -106,24 +106,24 @@ class Learner:
 
         `seen` gives per example the rows that the user already has, left out of the ranking; by default its history.
         `again` tells that the examples were learned before, as in a further epoch over a file: then they are neither
-        tested nor counted, nothing is replayed with them, and their classes, which the head would know by heart, are
+        tested nor counted, nothing is replayed after them, and their classes, which the head would know by heart, are
         not learned. What is `seen`, if given, is then left out of what they are told from.
         A batch whose loss or gradient is not finite leaves the weights as they are and reports learned = False.
         """
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 1, 0]))
         _seed(int(random.integers(1 << 62)), self.device)
         self.steps += 1
+        clock = self.table.clock
         self._warm(examples)
         self.strategies.clear()
+        self.strategies.boost = self.settings.drift_boost if self.drift.responding else 1.0
         standing_IS = None if again else self.table.standing()
         if standing_IS is None:
-            report, mix_loss, batch = StepReport.untested(len(examples)), torch.zeros((), device=self.device), examples
+            report, mix_loss = StepReport.untested(len(examples)), torch.zeros((), device=self.device)
         else:
             report, mix_loss = self.prequential.test(examples, seen, standing_IS, self._trusted(examples))
-            batch = join([examples, *self._replayed(random)])
         followed = None if again else self.window.followed(examples)
-        if followed is not None:
-            batch = join([batch, followed.impressions])
+        batch = examples if followed is None else join([examples, followed.impressions])
         with self.strategies.learning(self.steps):
             losses = self._loss(batch, report, followed, standing_IS, random, seen if again else None)
             loss = losses.total
@@ -156,6 +156,8 @@ class Learner:
             "class": float(losses.classes.detach()),
         }
         report.gradient_norm = float(norm)
+        if not again and self.table.clock // self.settings.replay_every > clock // self.settings.replay_every:
+            self._replay(random)
         return report
 
     def fade(self, by: float) -> None:
@@ -207,15 +209,20 @@ class Learner:
         asked_B = self._positive[class_B] & (item_B != PADDING_ROW) & (account_B != NOBODY)
         self.crowd.observe(rows_BL, item_B, account_B, asked_B)
 
-    def _replayed(self, random: np.random.Generator) -> list[Examples]:
-        """Draw what is replayed; while a drift is responded to, half of it from what is recent, and learn faster."""
-        count, boost = self.settings.replay_size, self.settings.drift_boost
-        responding = boost > 1 and self.drift.responding
-        self.strategies.boost = boost if responding else 1.0
-        if not responding:
-            return [self.window.draw(count, random)]
-        recent = self.window.draw(count // 2, random, RECENT)
-        return [recent, self.window.draw(count - count // 2, random)]
+    def _replay(self, random: np.random.Generator) -> None:
+        """Learn choices of the past again; while a drift is responded to, half of them recent ones.
+
+        Drawn with each small batch, against few negatives, the same would be learned by heart. What is distrusted now
+        is left out, also where it was learned before that was known.
+        """
+        count = self.settings.replay_size
+        recent = count // 2 if self.settings.drift_boost > 1 and self.drift.responding else 0
+        drawn = join(
+            [self.window.draw_choices(recent, random, RECENT), self.window.draw_choices(count - recent, random)]
+        )
+        drawn = drawn.take(np.flatnonzero(self._trusted(drawn)))
+        if len(drawn):
+            self.step(drawn, again=True)
 
     def learn_mixing(self, examples: Examples, seen: list[np.ndarray] | None = None) -> StepReport:
         """Test a batch, and learn from it the weights that mix the score's parts, and nothing else."""
@@ -383,7 +390,7 @@ class Learner:
         random: np.random.Generator,
         seen: Sequence[np.ndarray] | None,
     ) -> _Losses:
-        """Compute the losses of a batch: new examples, reported on, replayed ones, impressions that were followed.
+        """Compute the losses of a batch: new examples, reported on, then impressions that were followed.
 
         Without a standing of items that over the classes is left out. What is `seen` is no negative of its example.
         """
@@ -426,8 +433,7 @@ class Learner:
     ) -> Tensor:
         """Compute the loss over the classes of the new examples, the first; `states` are those of users and items.
 
-        What is replayed was counted already, and what the head knows by heart it would take for certain. What follows
-        an impression says what became of that one: the class is learned where the impression was given.
+        What follows an impression says what became of that one: the class is learned where the impression was given.
         """
         new = len(report.rank_B)
         rows_E, followed_E, taken_EC, rates_ER = np.arange(new), None, None, report.rates_BR

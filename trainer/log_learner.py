@@ -186,8 +186,8 @@ class LogLearner:
     def _full(self) -> bool:
         """Tell whether what is pending is a batch.
 
-        A step costs about as much for what it replays as for what is new, so that fewer and larger ones keep up with
-        more feedback. How far behind the trainer is must not decide; how fast feedback came stands in the log.
+        A step costs about as much for being one as for what it holds, so that fewer and larger ones keep up with more
+        feedback. How far behind the trainer is must not decide; how fast feedback came stands in the log.
         """
         settings, count = self._settings, len(self._pending)
         if count < settings.batch_size:

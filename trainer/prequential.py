@@ -57,7 +57,7 @@ class StepReport:
     # What counting said of user and item, side by side: None where nothing was tested.
     rates_BR: Tensor | None = None
     learned: bool = True
-    # Of the batch and what was replayed with it; by name as the trainer's metrics have it.
+    # Of the batch, by name as the trainer's metrics have it.
     losses: dict[str, float] = field(default_factory=dict)
     gradient_norm: float = math.nan
     # Of the batch, so much is counted nowhere: see trainer.trust.
