@@ -41,7 +41,7 @@ def test_the_pull_is_the_gradient_of_the_penalties() -> None:
 
 
 def test_the_anchor_moves_at_its_steps() -> None:
-    learner = learned(small_settings(l2sp_weight=1.0, anchor_steps=4))
+    learner = learned(small_settings(l2sp_weight=1.0, anchor_steps=4, replay_size=0))
     anchor = learner.strategies._anchor
     assert anchor is not None
     before = {name: tensor.clone() for name, tensor in anchor.state().items()}

@@ -144,8 +144,8 @@ def test_the_learner_is_ranked_by_the_same_code_and_comes_out_as_by_its_own(tmp_
     assert evaluation.learner is not None
     step, own = evaluation.learner.step, list[np.ndarray]()
 
-    def watched(*arguments: Any) -> Any:
-        report = step(*arguments)
+    def watched(*arguments: Any, **named: Any) -> Any:
+        report = step(*arguments, **named)
         own.append(report.rank_B)
         return report
 

@@ -80,7 +80,7 @@ def test_two_steps_of_each_optimizer_by_hand(optimizer: str) -> None:
 
 
 def test_the_network_between_steps_is_the_average_of_what_learns() -> None:
-    settings = small_settings(average_decay=0.8)
+    settings = small_settings(average_decay=0.8, replay_size=0)
     learner = learned(settings)
     average = {name: p.detach().double() for name, p in learner.network.named_parameters() if "mix." not in name}
     for step in range(12):
@@ -155,7 +155,7 @@ def test_noise_is_no_drift(seed: int) -> None:
 def test_the_rate_is_what_both_parts_learn_with() -> None:
     moved = {}
     for factor in (1.0, 0.25):
-        learner = learned(small_settings(follow_loss=True, optimizer="sgd", weight_decay=0.0), 3)
+        learner = learned(small_settings(follow_loss=True, optimizer="sgd", weight_decay=0.0, replay_size=0), 3)
         learner.strategies._rate.state()["factor"].fill_(factor)  # type: ignore[union-attr]
         position, vectors = learner.network.position.detach().clone(), learner.table.column("vector").clone()
         go_on(learner, 3, 4)
@@ -236,7 +236,7 @@ def test_what_was_learned_can_be_learned_again(changes: dict[str, Any]) -> None:
 
 @every
 def test_what_is_not_finite_changes_nothing(changes: dict[str, Any]) -> None:
-    learner = learned(small_settings(**changes), 10)
+    learner = learned(small_settings(**changes, replay_size=0), 10)
     before = payloads(learner)
     vector = learner.table.columns["vector"]
     kept = vector[3].clone()
