@@ -130,7 +130,7 @@ _PACE = [
 _STEPS = [
     Panel(
         "Loss while learning",
-        "In nats, of the last version, replayed feedback included. Rising for long while accuracy falls: lower the "
+        "In nats, of the last version, on its feedback when it was new. Rising for long while accuracy falls: lower the "
         "learning rates.",
         "none",
         {"{{part}}": newest("recsys_learning_loss", "part")},
