@@ -44,7 +44,7 @@ from recsys.weights import WeightStore
 # A cycle of reading, learning and publishing takes milliseconds with these.
 SMALL: dict[str, Any] = {
     **{"dimension": 8, "history_length": 8, "heads": 2, "successors": 4, "context_buckets": 8, "max_context": 2},
-    **{"batch_size": 4, "replay_size": 8, "negatives": 8, "device": "cpu", "metrics_port": 0},
+    **{"batch_size": 4, "replay_size": 8, "replay_every": 8, "negatives": 8, "device": "cpu", "metrics_port": 0},
     **{"trainer_metrics_port": 0},
 }
 # What differs between rounds: how often the log is trimmed, how far back a restart has to read, how batches grow.

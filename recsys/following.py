@@ -93,10 +93,10 @@ def _pairs(latest_BK: Longs, item_B: Longs, nearness_K: Floats, back: float) -> 
 
 @compiled
 def _get_in(successor_M: Integers, weight_M: Floats, new_N: Integers, heavy_N: Floats) -> None:
-    """Give the weakest slots to new successors that are no lighter, the heaviest and of equal ones the first first.
+    """Give the weakest slots to new successors that are no lighter; the heaviest begin, of equal ones the first.
 
-    What is in fades, so that new habits get in; what is lighter than all that is in would push out, at once, what
-    has been seen more.
+    What is in fades each time that something follows the item, so that new habits get in; what is lighter than all
+    that is in would push out, at once, what has been seen more.
     """
     slots, new = len(successor_M), len(new_N)
     order_N = np.argsort(-heavy_N, kind="mergesort") if new > 1 else np.zeros(new, np.int64)

@@ -226,14 +226,22 @@ class Settings(BaseModel):
     batch_growth: int = Field(
         4, ge=1, le=1024, description="times batch_size that a batch grows to when feedback comes fast; 1: never grows"
     )
-    replay_size: int = Field(512, ge=0, le=65_536, description="earlier choices that are replayed together")
+    replay_size: int = Field(512, ge=0, le=4096, description="earlier choices that are replayed together; 0: no replay")
     replay_every: int = Field(
-        512, ge=1, le=1 << 20, description="feedback that is learned from one replay to the next, at most one a batch"
+        512,
+        ge=1,
+        le=1 << 20,
+        description="feedback from one replay to the next; at most one a batch, so that larger batches make it rarer",
     )
     replay_capacity: int = Field(
         100_000, ge=1, description="most recent feedback that replay draws from; the log keeps at least these"
     )
-    negatives: int = Field(1024, ge=1, le=65_536, description="sampled negatives per step, shared by the batch")
+    negatives: int = Field(
+        1024,
+        ge=1,
+        le=65_536,
+        description="sampled negatives per batch, shared by it; a replay has four for each choice at least",
+    )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="AdamW, dense part")
     row_learning_rate: float = Field(0.05, gt=0, le=10, description="row-wise Adagrad, item rows")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW, dense part")
@@ -275,7 +283,7 @@ class Settings(BaseModel):
         "in a drift and not come back; 1: no response",
     )
     anchor_steps: int = Field(
-        256, ge=1, description="steps after which the anchor of the next three moves to the network as it then is"
+        256, ge=1, description="steps, replays included, after which the anchor of the next three moves to the network"
     )
     l2sp_weight: float = Field(0.0, ge=0, le=1e6, description="of the pull of the dense weights to the anchor (L2-SP)")
     ewc_weight: float = Field(
@@ -296,7 +304,7 @@ class Settings(BaseModel):
     bayesian_head: bool = Field(
         False, description="learn beside the class head how sure it is (online Laplace on its last layer)"
     )
-    batches_per_version: int = Field(4, ge=1, le=10_000, description="steps in a version when feedback is plentiful")
+    batches_per_version: int = Field(4, ge=1, le=10_000, description="batches in a version when feedback is plentiful")
     publish_seconds: float = Field(
         0.25, gt=0, le=3600, description="a version is closed when its first feedback is this old"
     )

@@ -53,6 +53,24 @@ def test_the_anchor_moves_at_its_steps() -> None:
         assert all(torch.equal(before[name], tensor) for name, tensor in anchor.state().items())
 
 
+def test_what_is_not_learned_now_is_no_evidence_again() -> None:
+    """As the head in a replay, which has no gradient there."""
+    network = build_network(small_settings(ewc_weight=2.0))
+    weights = dict(network.named_parameters())
+    anchor = Anchor(small_settings(ewc_weight=2.0), network, weights)
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    anchor.pull(16)
+    anchor.learned()
+    before = {name: fisher.clone() for name, fisher in anchor.state().items() if name.startswith("fisher.")}
+    for name, weight in weights.items():
+        weight.grad = None if name.startswith("rank.") else torch.ones_like(weight)
+    anchor.pull(16)
+    anchor.learned()
+    same = {name for name, fisher in before.items() if torch.equal(anchor.state()[name], fisher)}
+    assert same == {name for name in before if name.startswith("fisher.rank.")} != set()
+
+
 def _drift(learner: Learner, before: dict[str, Tensor]) -> float:
     now = weights_of(learner)
     return math.sqrt(sum(float((now[n] - old).square().sum()) for n, old in before.items() if "mix." not in n))

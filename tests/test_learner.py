@@ -18,10 +18,10 @@ from recsys.settings import Settings, load
 from recsys.standing import TREND_DECAYS
 from recsys.weights import decode, encode
 from trainer.contents import CONTENT_COLUMNS
-from trainer.examples import Event, batches
+from trainer.examples import Event, Examples, batches
 from trainer.examples import encode as encode_events
 from trainer.full_ranking import ranks
-from trainer.learner import SQUARED_GRADIENT, Learner
+from trainer.learner import RECENT, SQUARED_GRADIENT, Learner
 from trainer.prequential import StepReport
 from trainer.quality import MISS, NO_EVENT
 from trainer.trust import ACCOUNTS, TRUST
@@ -181,6 +181,42 @@ def test_what_is_distrusted_is_not_replayed(distrusted: bool) -> None:
     _learn(learner, shown[15:])
     assert torch.equal(before, learner.table.column("vector")) == distrusted
     assert learner.steps == (2 if distrusted else 3)
+
+
+@pytest.mark.parametrize("responding", [False, True])
+def test_half_of_a_replay_is_recent_while_a_drift_is_responded_to(
+    monkeypatch: pytest.MonkeyPatch, responding: bool
+) -> None:
+    site = _Site()
+    old, new = ([site.event(n % 5, item) for n in range(count)] for item, count in ((1, 2000), (2, RECENT)))
+    learner = Learner(_settings(replay_every=8, replay_capacity=5000, drift_boost=2.0), CPU)
+    _allocate(learner, [old[0], new[0]])
+    learner.remember(encode_events(old + new, learner.settings), len(old + new))
+    if responding:
+        learner.drift._response.observe(1.0, 8, True)
+    assert learner.drift.responding == responding
+    step, drawn = learner.step, list[int]()
+
+    def watched(examples: Examples, *rest: Any, again: bool = False) -> StepReport:
+        drawn.extend(examples.item_B[: len(examples) // 2].tolist())
+        return step(examples, *rest, again=again)
+
+    monkeypatch.setattr(learner, "step", watched)
+    for seed in range(5):
+        learner._replay(np.random.default_rng(seed))
+    assert len(drawn) == 5 * 8
+    assert (old[0].row in drawn) != responding
+
+
+def test_a_replay_that_is_not_finite_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    site = _Site()
+    learner = _learner([site.event(n % 5, n) for n in range(30)])
+    learner.table.columns["vector"][30] = math.inf
+    before, steps = _payloads(learner), learner.steps
+    learner._replay(np.random.default_rng(1))
+    assert learner.steps == steps + 1
+    assert _payloads(learner)[0] == before[0]
+    assert "a replay is left out: not finite" in caplog.text
 
 
 # Stopped and started

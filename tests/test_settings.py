@@ -119,7 +119,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
             ("batch_size", 1, 65_536),
             ("negatives", 1, 65_536),
         ],
-        *[("replay_size", 0, 65_536), ("seed", 0, (1 << 31) - 1), ("max_context", 0, 1000), ("torch_threads", 1, 256)],
+        *[("replay_size", 0, 4096), ("seed", 0, (1 << 31) - 1), ("max_context", 0, 1000), ("torch_threads", 1, 256)],
         *[("max_id_bytes", 1, 4096), ("snapshots_retained", 1, 100), ("max_score_batch", 1, 4096)],
     ],
 )

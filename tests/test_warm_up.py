@@ -34,7 +34,7 @@ def compiled():
              if isinstance(each, Dispatcher)}
     return {f"{each.py_func.__module__}.{each.py_func.__name__}{kinds}" for each in loops for kinds in each.signatures}
 
-settings, cpu = Settings(), torch.device("cpu")
+settings, cpu = Settings(replay_every=8), torch.device("cpu")
 if sys.argv[1] == "trainer":
     warm_up(settings, cpu)
 else:
@@ -46,8 +46,8 @@ items = [f"item-{number}" for number in range(60)]
 learner.allocate(items)
 rows = learner.table.look_up(items)
 for start in range(40):
-    history = RowHistory(rows[start : start + 9], (0,) * 9, tuple(range(9)))
-    learner.step(encode([Event(rows[start + 10], 0, start, history, {})], settings))
+    history = RowHistory(rows[start : start + 9], (1,) * 9, tuple(range(9)))
+    learner.step(encode([Event(rows[start + 10], 1, start, history, {})], settings))
     if sys.argv[1] == "trainer":
         continue
     if not start:

@@ -173,7 +173,7 @@ class Epochs:
         if first and self._timeless:
             learner.recount(self._train.examples)
         found = self._mixed()
-        loss = float(np.nanmean(losses)) if losses else float("nan")
+        loss = _mean(np.array(losses))
         return Epoch(epoch, time.perf_counter() - started, loss, **found)
 
     def _order(self, epoch: int) -> tuple[int, Rows]:

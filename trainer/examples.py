@@ -212,10 +212,15 @@ class ReplayWindow:
 
     def draw_choices(self, count: int, random: np.random.Generator, newest: int | None = None) -> Examples:
         """Draw likewise, but of what is `learnable` alone, among the `newest` examples (default all)."""
+        if not count:
+            return self._aged(np.zeros(0, np.int64))
         known = (self._arrays[name][: len(self)] for name in ("item_B", "class_B", "rows_BL"))
-        age_E = np.sort(self._age(learnable(self._positive_C, *known)))
+        place_E = learnable(self._positive_C, *known)
+        # The newest first: places ascend with time but where the oldest were written over.
+        turn = np.searchsorted(place_E, self._added % self._capacity)
+        age_E = self._age(np.concatenate([place_E[:turn][::-1], place_E[turn:][::-1]]))
         if newest is not None:
-            age_E = age_E[age_E <= newest]
+            age_E = age_E[: np.searchsorted(age_E, newest, side="right")]
         return self._aged(age_E[random.integers(0, max(1, len(age_E)), count if len(age_E) else 0)])
 
 

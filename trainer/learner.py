@@ -9,6 +9,7 @@ together, of which M were followed.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from recsys.accounts import NOBODY
 from recsys.encoding import to_tensor
 from recsys.errors import CorruptWeights
 from recsys.item_table import PADDING_ROW, TRANSITION_REACH, ItemTable
+from recsys.logs import tell
 from recsys.network import Histories, RecommendationNetwork
 from recsys.settings import Settings
 from recsys.weights import WeightPayload
@@ -33,13 +35,15 @@ from trainer.contents import CONTENT_COLUMNS, Contents
 from trainer.crowd import CROWD, Crowd
 from trainer.crowd import RECENT as CROWD_RECENT
 from trainer.drift import CATEGORY_MEMORY, CHOICES, DRIFT, MISLED, TRANSITIONS, Drift
-from trainer.examples import Examples, Followed, ReplayWindow, join
+from trainer.examples import Examples, Followed, ReplayWindow, join, learnable
 from trainer.full_ranking import MASKED
 from trainer.hindsight import Hindsight
 from trainer.prequential import Prequential, StepReport
 from trainer.quality import MISS
 from trainer.strategies import Strategies
 from trainer.trust import ACCOUNTS, TRUST, Trust, told
+
+_log = logging.getLogger(__name__)
 
 SQUARED_GRADIENT = "squared_gradient"
 OWN_COLUMNS = (SQUARED_GRADIENT, *CONTENT_COLUMNS)
@@ -152,7 +156,7 @@ class Learner:
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.losses = {
             "total": float(loss.detach()),
-            "item": float(losses.item.detach()),
+            "item": float(losses.item.detach()) if self._learnable(batch) else math.nan,
             "class": float(losses.classes.detach()),
         }
         report.gradient_norm = float(norm)
@@ -213,16 +217,22 @@ class Learner:
         """Learn choices of the past again; while a drift is responded to, half of them recent ones.
 
         Drawn with each small batch, against few negatives, the same would be learned by heart. What is distrusted now
-        is left out, also where it was learned before that was known.
+        is left out, also where it was learned before that was known. Where item rows are frozen there is nothing to
+        learn.
         """
         count = self.settings.replay_size
+        if not count or not self.strategies.rows:
+            return
         recent = count // 2 if self.settings.drift_boost > 1 and self.drift.responding else 0
         drawn = join(
             [self.window.draw_choices(recent, random, RECENT), self.window.draw_choices(count - recent, random)]
         )
         drawn = drawn.take(np.flatnonzero(self._trusted(drawn)))
-        if len(drawn):
-            self.step(drawn, again=True)
+        if len(drawn) and not self.step(drawn, again=True).learned:
+            tell(_log, logging.WARNING, "a replay is left out: not finite", steps=self.steps)
+
+    def _learnable(self, examples: Examples) -> int:
+        return len(learnable(self._positive, examples.item_B, examples.class_B, examples.rows_BL))
 
     def learn_mixing(self, examples: Examples, seen: list[np.ndarray] | None = None) -> StepReport:
         """Test a batch, and learn from it the weights that mix the score's parts, and nothing else."""

@@ -42,7 +42,9 @@ class TrainerMetrics:
         self._info = Info("recsys_trainer", "The software that learns, and the device it learns on.", registry=registry)
         self._info.info({"version": recsys.__version__})
         self._learned = Counter("recsys_feedback_learned", "Feedback learned from.", registry=registry)
-        self._steps = Counter("recsys_learning_steps", "Steps of the optimizers.", registry=registry)
+        self._steps = Counter(
+            "recsys_learning_steps", "Batches learned; replays between them are not counted.", registry=registry
+        )
         self._learn_seconds = Histogram(
             "recsys_learn_seconds", "Time to learn one version's steps.", registry=registry, buckets=_DURATION_BUCKETS
         )

@@ -22,6 +22,9 @@ STEPS, RATE = 256, 0.01
 # Of the normal distribution around where the weights begin: few feedback move them by less than a half. Without it
 # trends take weight that holds for what is kept apart alone.
 PRECISION = 5.0
+# Of the loss (see trainer.prequential): likely choices count more than while learning on. On a real and a made-up file
+# NDCG is up to a tenth higher than with 0.2, on choices that were not fitted, and lower again with 0.8.
+ROBUSTNESS = 0.5
 
 
 def fit_mixing(learner: Learner, apart: Sequence[tuple[Examples, list[np.ndarray]]]) -> list[StepReport]:
@@ -44,7 +47,7 @@ def fit_mixing(learner: Learner, apart: Sequence[tuple[Examples, list[np.ndarray
         optimizer = torch.optim.Adam(moving, RATE)
         for examples, seen in islice(cycle(apart), STEPS):
             optimizer.zero_grad()
-            _, loss = test(examples, seen, standing_IS)
+            _, loss = test(examples, seen, standing_IS, robustness=ROBUSTNESS)
             # Synchronises with the GPU: what is not finite teaches nothing. Nor does what holds nothing to be ranked.
             if bool(torch.isfinite(loss)) and moving[0].grad is not None:
                 for parameter, start in zip(moving, begun, strict=True):

@@ -50,8 +50,10 @@ class Anchor:
         when they are independent and near 0 on average.
         """
         settings = self._settings
+        # Of what nothing is learned now, what an earlier step found is no evidence again.
+        self._information = {}
         for name, weight in self._weights.items():
-            # What nothing was learned of stays where it is, as the head does in further epochs.
+            # What nothing was learned of stays where it is, as the head does in replays and further epochs.
             if weight.grad is None:
                 continue
             strength: float | Tensor = settings.l2sp_weight

@@ -87,13 +87,12 @@ _PACE = [
         limits=((1000, "yellow"), (10_000, "red")),
     ),
     Panel(
-        "Versions and steps per second",
-        "Versions committed, and steps of the optimizers. Steps without versions: they are held, or the store refuses "
-        "them.",
+        "Versions and batches per second",
+        "Versions committed, and batches learned. Batches without versions: they are held, or the store refuses them.",
         "ops",
         {
             "versions": rate("recsys_versions_committed_total"),
-            "steps": rate("recsys_learning_steps_total"),
+            "batches": rate("recsys_learning_steps_total"),
         },
     ),
     Panel(
@@ -130,8 +129,8 @@ _PACE = [
 _STEPS = [
     Panel(
         "Loss while learning",
-        "In nats, of the last version, on its feedback when it was new. Rising for long while accuracy falls: lower the "
-        "learning rates.",
+        "In nats, of the last version, on its feedback when it was new. Rising for long while accuracy falls: lower "
+        "the learning rates.",
         "none",
         {"{{part}}": newest("recsys_learning_loss", "part")},
         width=12,
