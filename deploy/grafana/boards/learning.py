@@ -81,7 +81,7 @@ _PACE = [
     Panel(
         "Backlog",
         "Feedback waiting to be learned. A sawtooth is healthy; a slope is not: give the trainer a faster device, "
-        "or raise replay_every.",
+        "or raise batch_growth.",
         "short",
         {"backlog": newest("recsys_feedback_backlog")},
         limits=((1000, "yellow"), (10_000, "red")),
