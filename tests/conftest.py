@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from recsys.store.connection import connect
 from recsys.store.embedded import EmbeddedStore
 
 torch.set_num_threads(1)
+# Shells have what they start in the background ignore it, which every process that a test starts would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes depends on the machine, and on whether a loop has to be compiled.
 hypothesis_settings.register_profile("recsys", deadline=None)
 hypothesis_settings.load_profile("recsys")
