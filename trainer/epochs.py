@@ -126,7 +126,7 @@ class Epochs:
         self._train, self._validation = Encoded(train, learner), Encoded(validation, learner)
         examples = self._train.examples
         positive = np.array([c.positive for c in learner.settings.classes])
-        self._choices = learnable(positive, examples.item_B, examples.class_B, examples.rows_BL)
+        self._choices = np.flatnonzero(learnable(positive, examples.item_B, examples.class_B, examples.rows_BL))
         chosen_B = positive[examples.class_B]
         self._own = _by_account(examples.account_B[chosen_B], examples.item_B[chosen_B]) if timeless else None
         self.history: list[Epoch] = []

@@ -82,10 +82,12 @@ def close_up(histories: Sequence[Integers], gone_BL: npt.NDArray[np.bool_]) -> l
     return [np.take_along_axis(np.where(kept_BL, each, 0).astype(np.int64), order_BL, 1) for each in histories]
 
 
-def learnable(positive_C: npt.NDArray[np.bool_], item_B: Integers, class_B: Integers, rows_BL: Integers) -> Array:
-    """Return the places of what a network of histories learns from: choices of an item, with something before them."""
-    learnable_B = positive_C[class_B] & (item_B != PADDING_ROW) & (rows_BL[:, -1] != PADDING_ROW)
-    return np.flatnonzero(learnable_B)
+def learnable(
+    positive_C: npt.NDArray[np.bool_], item_B: Integers, class_B: Integers, rows_BL: Integers
+) -> npt.NDArray[np.bool_]:
+    """Tell what a network of histories learns from: choices of an item that has a row, with something before them."""
+    found: npt.NDArray[np.bool_] = positive_C[class_B] & (item_B != PADDING_ROW) & (rows_BL[:, -1] != PADDING_ROW)
+    return found
 
 
 def join(parts: Sequence[Examples]) -> Examples:
@@ -215,7 +217,7 @@ class ReplayWindow:
         if not count:
             return self._aged(np.zeros(0, np.int64))
         known = (self._arrays[name][: len(self)] for name in ("item_B", "class_B", "rows_BL"))
-        place_E = learnable(self._positive_C, *known)
+        place_E = np.flatnonzero(learnable(self._positive_C, *known))
         # The newest first: places ascend with time but where the oldest were written over.
         turn = np.searchsorted(place_E, self._added % self._capacity)
         age_E = self._age(np.concatenate([place_E[:turn][::-1], place_E[turn:][::-1]]))

@@ -103,7 +103,6 @@ class Learner:
         self.prequential = Prequential(settings, self.network, self.table)
         self._provisional = settings.provisional_class
         self._positive = np.array([c.positive for c in settings.classes])
-        self._positive_C = torch.tensor([c.positive for c in settings.classes], device=device)
 
     def step(self, examples: Examples, seen: list[np.ndarray] | None = None, *, again: bool = False) -> StepReport:
         """Test, then learn, one batch of new examples whose items already have rows.
@@ -156,7 +155,7 @@ class Learner:
         # Synchronises with the GPU: what was found leaves for the metrics.
         report.losses = {
             "total": float(loss.detach()),
-            "item": float(losses.item.detach()) if self._learnable(batch) else math.nan,
+            "item": float(losses.item.detach()) if self._learnable(batch).any() else math.nan,
             "class": float(losses.classes.detach()),
         }
         report.gradient_norm = float(norm)
@@ -231,8 +230,8 @@ class Learner:
         if len(drawn) and not self.step(drawn, again=True).learned:
             tell(_log, logging.WARNING, "a replay is left out: not finite", steps=self.steps)
 
-    def _learnable(self, examples: Examples) -> int:
-        return len(learnable(self._positive, examples.item_B, examples.class_B, examples.rows_BL))
+    def _learnable(self, examples: Examples) -> np.ndarray:
+        return learnable(self._positive, examples.item_B, examples.class_B, examples.rows_BL)
 
     def learn_mixing(self, examples: Examples, seen: list[np.ndarray] | None = None) -> StepReport:
         """Test a batch, and learn from it the weights that mix the score's parts, and nothing else."""
@@ -407,7 +406,6 @@ class Learner:
         self.network.train()
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
-        class_X = to_tensor(examples.class_B, self.device)
         drawn_N = self._negatives(random, again=len(examples) if standing_IS is None else 0)
         negative_N = to_tensor(drawn_N, self.device)
         every = torch.cat([histories.rows_BL.reshape(-1), item_X, negative_N])
@@ -417,8 +415,7 @@ class Learner:
         index_BL = inverse[:places].view_as(histories.rows_BL)
         states_XD = self.network.states(vectors_UD, index_BL, histories)
         items_XD = F.embedding(inverse[places : places + count], vectors_UD)
-        # Items without a row are not learned.
-        positive_X = self._positive_C[class_X] & (histories.rows_BL[:, -1] != 0) & (item_X != 0)
+        positive_X = torch.from_numpy(self._learnable(examples)).to(self.device)
         negatives_ND = F.embedding(inverse[places + count :], vectors_UD)
         if seen is None:
             own_XN = (negative_N == item_X[:, None]) * MASKED
