@@ -36,10 +36,10 @@ from trainer.crowd import CROWD, Crowd
 from trainer.crowd import RECENT as CROWD_RECENT
 from trainer.drift import CATEGORY_MEMORY, CHOICES, DRIFT, MISLED, TRANSITIONS, Drift
 from trainer.examples import Examples, Followed, ReplayWindow, join, learnable
-from trainer.full_ranking import MASKED
 from trainer.hindsight import Hindsight
 from trainer.prequential import Prequential, StepReport
 from trainer.quality import MISS
+from trainer.sampled_softmax import LeftOut, sampled_softmax
 from trainer.strategies import Strategies
 from trainer.trust import ACCOUNTS, TRUST, Trust, told
 
@@ -60,6 +60,8 @@ RECOUNTED = 3 * CHOICES
 NEGATIVES_AGAIN = 4
 # Lists of rows that are kept apart before they become one: nobody may ask for them in a whole epoch.
 CHANGES_APART = 64
+# Of an item that is no negative.
+NO_PLACE = -1
 # Of the feedback classes' loss, beside that over items.
 CLASS_LOSS_WEIGHT = 1.0
 
@@ -415,13 +417,17 @@ class Learner:
         index_BL = inverse[:places].view_as(histories.rows_BL)
         states_XD = self.network.states(vectors_UD, index_BL, histories)
         items_XD = F.embedding(inverse[places : places + count], vectors_UD)
-        positive_X = torch.from_numpy(self._learnable(examples)).to(self.device)
         negatives_ND = F.embedding(inverse[places + count :], vectors_UD)
-        if seen is None:
-            own_XN = (negative_N == item_X[:, None]) * MASKED
-        else:
-            own_XN = self._among(seen, examples.item_B, drawn_N)
-        item_loss = self._item_loss(states_XD, items_XD, negatives_ND, own_XN, positive_X)
+        chosen = np.flatnonzero(self._learnable(examples))
+        chosen_P = to_tensor(chosen, self.device)
+        item_loss = sampled_softmax(
+            states_XD[chosen_P],
+            items_XD[chosen_P],
+            negatives_ND,
+            # Each negative, drawn uniformly, stands for so many others; the own item is there for certain.
+            math.log(self._learning_items() / len(drawn_N)),
+            self._own_among(drawn_N, examples.item_B[chosen], seen and [seen[i] for i in chosen.tolist()]),
+        )
         class_loss = torch.zeros((), device=self.device)
         if standing_IS is not None:
             states = states_XD.detach(), items_XD.detach()
@@ -471,24 +477,6 @@ class Learner:
         )
         return self.strategies.class_loss(logits_EC, class_E, followed_E)
 
-    def _item_loss(
-        self,
-        states_XD: Tensor,
-        items_XD: Tensor,
-        negatives_ND: Tensor,
-        own_XN: Tensor,
-        positive_X: Tensor,
-    ) -> Tensor:
-        """Sampled softmax: each uniform negative stands for (items / N) others; the positive is there for certain.
-
-        `own_XN` is MASKED for negatives that are the user's own, which are left out, and 0 for others: it is added, as
-        filling in costs more where there are many.
-        """
-        own_X1 = (states_XD * items_XD).sum(1, keepdim=True)
-        others_XN = states_XD @ negatives_ND.T + math.log(self._learning_items() / len(negatives_ND)) + own_XN
-        loss_X = torch.cat([own_X1, others_XN], 1).logsumexp(1) - own_X1[:, 0]
-        return (loss_X * positive_X).sum() / positive_X.sum().clamp_min(1)
-
     def _negatives(self, random: np.random.Generator, again: int) -> np.ndarray:
         """Draw the rows of a step's negatives; where `again` examples are learned again, more of them, each once."""
         learning, count = self._learning_items(), max(self.settings.negatives, NEGATIVES_AGAIN * again)
@@ -498,16 +486,18 @@ class Learner:
             number_N = random.integers(1, learning + 1, count)
         return self.table.used_rows(number_N, self.contents.cold_rows)
 
-    def _among(self, seen: Sequence[np.ndarray], item_X: np.ndarray, negative_N: np.ndarray) -> Tensor:
-        """Return MASKED for negatives, no two of them alike, that each example's user has, its own item included."""
-        place_I = np.full(self.table.rows, len(negative_N))
+    def _own_among(self, negative_N: np.ndarray, item_X: np.ndarray, seen: Sequence[np.ndarray] | None) -> LeftOut:
+        """Return which negatives are an example's own item; with `seen`, where no two are alike, or its user has."""
+        if seen is None:
+            example_E, place_E = np.nonzero(item_X[:, None] == negative_N)
+            return LeftOut(place_E, np.searchsorted(example_E, np.arange(len(item_X)), side="right"))
+        place_I = np.full(self.table.rows, NO_PLACE)
         place_I[negative_N] = np.arange(len(negative_N))
-        # One place more is for what is no negative.
-        among_XN = np.zeros((len(seen), len(negative_N) + 1), np.float32)
-        among_XN[np.arange(len(seen)), place_I[item_X]] = MASKED
-        for among_N, rows in zip(among_XN, seen, strict=True):
-            among_N[place_I[rows]] = MASKED
-        return torch.from_numpy(among_XN[:, :-1]).to(self.device)
+        had = [np.append(rows, item) for rows, item in zip(seen, item_X.tolist(), strict=True)]
+        place_E = place_I[np.concatenate([np.empty(0, np.int64), *had])]
+        among_E = place_E != NO_PLACE
+        ends_X = np.cumsum([len(rows) for rows in had], dtype=np.int64)
+        return LeftOut(place_E[among_E], np.concatenate([[0], np.cumsum(among_E)])[ends_X])
 
     def _learning_items(self) -> int:
         return max(1, len(self.table) - len(self.contents.cold_rows))
