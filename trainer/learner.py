@@ -421,8 +421,8 @@ class Learner:
         chosen = np.flatnonzero(self._learnable(examples))
         chosen_P = to_tensor(chosen, self.device)
         item_loss = sampled_softmax(
-            states_XD[chosen_P],
-            items_XD[chosen_P],
+            states_XD.index_select(0, chosen_P),
+            items_XD.index_select(0, chosen_P),
             negatives_ND,
             # Each negative, drawn uniformly, stands for so many others; the own item is there for certain.
             math.log(self._learning_items() / len(drawn_N)),
@@ -489,8 +489,10 @@ class Learner:
     def _own_among(self, negative_N: np.ndarray, item_X: np.ndarray, seen: Sequence[np.ndarray] | None) -> LeftOut:
         """Return which negatives are an example's own item; with `seen`, where no two are alike, or its user has."""
         if seen is None:
-            example_E, place_E = np.nonzero(item_X[:, None] == negative_N)
-            return LeftOut(place_E, np.searchsorted(example_E, np.arange(len(item_X)), side="right"))
+            # Few are among them: to ask each example for each would take as long as its product with them.
+            place_M = np.flatnonzero(np.isin(negative_N, item_X))
+            example_E, match_E = np.nonzero(item_X[:, None] == negative_N[place_M])
+            return LeftOut(place_M[match_E], np.searchsorted(example_E, np.arange(len(item_X)), side="right"))
         place_I = np.full(self.table.rows, NO_PLACE)
         place_I[negative_N] = np.arange(len(negative_N))
         had = [np.append(rows, item) for rows, item in zip(seen, item_X.tolist(), strict=True)]
