@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ from recsys.weights import WeightPayload
 from trainer.rebuild import Rebuild
 from trainer.strategies.average import WARM_UP, Average
 from trainer.strategies.following_rate import BLOCK, LEAST, LOWER, MOST, PATIENCE, RAISE, FollowingRate
-from trainer.strategies.optimizers import MOMENTUM, Optimizers
+from trainer.strategies.optimizers import HEAD_TIMES, MIX_LEARNING_RATE, MOMENTUM, Optimizers
 
 ITEMS = 20
 EVERY: dict[str, dict[str, Any]] = {
@@ -74,6 +77,56 @@ def test_two_steps_of_each_optimizer_by_hand(optimizer: str) -> None:
                 weight *= 1 - rate * decay
             weight -= rate * (momentum / (1 - 0.9**step)) / (math.sqrt(square / (1 - 0.999**step)) + 1e-8)
         assert float(parameter.detach()) == pytest.approx(weight, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_weights_are_bit_for_bit_those_of_torchs_own_classes(optimizer: str) -> None:
+    rate, decay, factor = 0.01, 0.1, 0.5
+    settings = small_settings(optimizer=optimizer, learning_rate=rate, weight_decay=decay)
+    shapes = {"body.weight": (5, 3), "rank.weight": (7,), "mix.weight": (2, 2)}
+    random = torch.Generator().manual_seed(4)
+    ours = {name: nn.Parameter(torch.randn(shape, generator=random)) for name, shape in shapes.items()}
+    theirs = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in ours.items()}
+    mixing = {"mix.weight": ours["mix.weight"]}
+    dense = {name: parameter for name, parameter in ours.items() if name not in mixing}
+    optimizers = Optimizers(settings, dense, mixing)
+    groups = [
+        {"params": [theirs["body.weight"]], "lr": factor * rate},
+        {"params": [theirs["rank.weight"]], "lr": factor * rate * HEAD_TIMES},
+    ]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=MOMENTUM)}
+    expected = kinds[optimizer](groups, lr=rate, weight_decay=decay, fused=True)
+    expected_mixing = torch.optim.AdamW([theirs["mix.weight"]], lr=MIX_LEARNING_RATE, weight_decay=0.0, fused=True)
+    optimizers.set_rate(factor * rate)
+    for step in range(6):
+        for name, parameter in ours.items():
+            # A parameter's first gradient may come late, and it may have none now and then.
+            given = not (name == "rank.weight" and step in (0, 3))
+            parameter.grad = torch.randn(shapes[name], generator=random) if given else None
+            theirs[name].grad = None if parameter.grad is None else parameter.grad.clone()
+        if step == 4:
+            # As after a restart.
+            state = optimizers.write()
+            optimizers = Optimizers(settings, dense, mixing)
+            optimizers.check(state)
+            optimizers.restore(state)
+            optimizers.set_rate(factor * rate)
+        optimizers.step()
+        expected.step()
+        expected_mixing.step()
+        for name, parameter in ours.items():
+            assert torch.equal(parameter, theirs[name]), (step, name)
+
+
+def test_to_learn_imports_no_compiler() -> None:
+    # It takes seconds and 70 MB of every process that learns.
+    program = (
+        "import sys; from recsys.device import choose; from recsys.settings import load; "
+        "from trainer.learner import Learner; Learner(load({}, environment={}), choose('cpu')); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout == "False\n"
 
 
 # Average
