@@ -14,7 +14,7 @@ from made_up import made_up_learner
 from threadpoolctl import threadpool_limits
 
 from recsys.item_table import PADDING_ROW, TRANSITION_REACH
-from recsys.network import PARTS
+from recsys.network import LIFTS, PARTS
 from recsys.scorer.items import Items
 from recsys.scorer.retrieval import Hidden, Own, Retrieval
 from recsys.scorer.search import Search
@@ -44,7 +44,7 @@ def compare(settings: Settings, items: int, rounds: int) -> dict[str, Any]:
             for name, way in (("search", Search()), ("retrieval", Retrieval(torch.device("cpu")))):
                 way.install(found, table)
                 ways[name] = partial(way.find, weights, states, history, [hidden] * users, Own.of(own), KEEP)
-            ways |= faiss_ways(found, weights[:, :1] * states, weights[:, 1:-2])
+            ways |= faiss_ways(found, weights[:, :1] * states, weights[:, 1:-LIFTS])
             agree = (ways["search"]()[1] == ways["retrieval"]()[1]).float().mean().item()
             times: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(10 * rounds):

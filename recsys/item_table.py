@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -34,13 +35,16 @@ TRANSITION_DECAY = 0.995
 TRANSITION_BACK = 0.4
 # A second look at the same counts falls off faster with distance, by this further power of it: what comes next.
 NEXT_POWER = 2.0
+# A third look tells what follows more than chance has it: the first one's sums times this / (this + how often the item
+# was chosen). The prior is such that an item chosen once does not dominate.
+CHOSEN_PRIOR = 10.0
 # Where nothing fades, what followed is divided by how often either item was chosen, to these powers: see `recount`.
 RECOUNT_BEFORE, RECOUNT_AFTER = 0.5, 0.25
 # It leads back for so much of the weight. Less than where it fades costs nothing on one real stream, and where choices
 # follow an order it finds a tenth more.
 RECOUNT_BACK = 0.2
-# Added to what divides, so that an item chosen once does not dominate; brings the quotients to the scale of the counts.
-RECOUNT_PRIOR, RECOUNT_SCALE = 10.0, 10.0
+# Brings the quotients to the scale of the counts.
+RECOUNT_SCALE = 10.0
 # Successors that are then kept of an item at least: on one real stream 128 find a twentieth more than 64.
 RECOUNT_SLOTS = 128
 # 8 bytes each.
@@ -60,13 +64,20 @@ class Transitions:
 
     history_BK: Tensor
     rows_BN: Tensor
-    # Looked up over the whole reach, and over what comes next alone.
+    # Looked up over the whole reach, over what comes next alone, and over the whole reach by how often what follows was
+    # chosen.
     weight_BN: Tensor
     next_BN: Tensor
+    rare_BN: Tensor
 
-    def lifts(self, rows: int, floor: float) -> tuple[Tensor, Tensor]:
-        """Sum both weights per row and put them on a log scale, log(1 + sum / floor): (B, rows) each."""
-        return self._lift(self.weight_BN, rows, floor), self._lift(self.next_BN, rows, floor)
+    @property
+    def looks(self) -> tuple[Tensor, ...]:
+        """Return the weights of each look into the memory."""
+        return self.weight_BN, self.next_BN, self.rare_BN
+
+    def lifts(self, rows: int, floor: float) -> tuple[Tensor, ...]:
+        """Sum each look's weights per row and put them on a log scale, log(1 + sum / floor): (B, rows) each."""
+        return tuple(self._lift(each_BN, rows, floor) for each_BN in self.looks)
 
     def towards(self, item_B: Tensor) -> Tensor:
         """Sum, over the whole reach, what leads to one item for each user: (B)."""
@@ -78,6 +89,16 @@ class Transitions:
         # The logarithm of the few sums, not of the whole table: rows that repeat write the same value again.
         sums_BN = lift_BI.gather(1, self.rows_BN)
         return lift_BI.scatter_(1, self.rows_BN, torch.log1p(sums_BN / floor))
+
+
+@cache
+def nearness(reach: int) -> NDArray[np.float32]:
+    """Return what the latest, second latest and so on item counts for where it is looked at by distance: (2, K).
+
+    Over the whole reach, and in what comes next alone.
+    """
+    distance_K = np.arange(1, reach + 1, dtype=np.float32)
+    return np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER]).astype(np.float32)
 
 
 class ItemTable:
@@ -288,12 +309,12 @@ class ItemTable:
         Item j weighs the sum over k of C[h_k, j] / sqrt(k), C the decayed counts of what followed.
         """
         batch, reach = history_BK.shape
-        distance_K = torch.arange(1, reach + 1, device=self.device, dtype=torch.float32)
-        scale_BK = (history_BK != PADDING_ROW) * torch.rsqrt(distance_K)
-        weight_BKM = self.columns["successor_weight"][history_BK] * scale_BK[:, :, None]
-        next_BKM = weight_BKM / (distance_K**NEXT_POWER)[:, None]
+        scale_2K = torch.from_numpy(nearness(reach)).to(self.device)
+        counts_BKM = self.columns["successor_weight"][history_BK] * (history_BK != PADDING_ROW)[:, :, None]
+        weight_BN, next_BN = ((counts_BKM * scale_K[:, None]).view(batch, -1) for scale_K in scale_2K)
         rows_BN = self.columns["successor"][history_BK].to(torch.int64).view(batch, -1)
-        return Transitions(history_BK, rows_BN, weight_BKM.view(batch, -1), next_BKM.view(batch, -1))
+        rare_BN = weight_BN * (CHOSEN_PRIOR / (self.columns["total"][rows_BN] + CHOSEN_PRIOR))
+        return Transitions(history_BK, rows_BN, weight_BN, next_BN, rare_BN)
 
     def fade_transitions(self, by: float, history_BK: Tensor, item_B: Tensor) -> Tensor:
         """Multiply all that followed items by a factor, then count some choices anew; return changed rows, ascending.
@@ -344,7 +365,7 @@ class ItemTable:
         often both items were chosen. The memory has RECOUNT_SLOTS from then on if it had fewer. At most `room` pairs,
         or one item's, are held at once.
         """
-        chosen_I = self.column("total").cpu().numpy() + np.float32(RECOUNT_PRIOR)
+        chosen_I = self.column("total").cpu().numpy() + np.float32(CHOSEN_PRIOR)
         names = ("successor", "successor_weight")
         for name in names:
             column = self.columns[name]

@@ -27,8 +27,8 @@ from recsys.standing import STANDINGS, TREND_DECAYS
 GAP_BUCKETS = 32
 # What the mixing weights may depend on: a constant, log history length, no history, log time since the last entry.
 MIXING_CONTEXT = 4
-# Parts of the score: the network, the standing of the item, the two looks into the transition memory.
-LIFTS = 2
+# Parts of the score: the network, the standing of the item, the three looks into the transition memory.
+LIFTS = 3
 PARTS = 1 + STANDINGS + LIFTS
 # Weights of the parts before anything is learned: network, trends at each speed in equal shares, transitions.
 INITIAL_NETWORK, INITIAL_TREND, INITIAL_LIFT = 0.5, 0.2, 0.7
@@ -298,7 +298,7 @@ class RecommendationNetwork(nn.Module):
         silent_BP[:, -LIFTS:] = empty_B[:, None]
         return weights_BP.masked_fill(silent_BP, 0.0)
 
-    def lifts(self, transitions: Transitions, rows: int) -> tuple[Tensor, Tensor]:
+    def lifts(self, transitions: Transitions, rows: int) -> tuple[Tensor, ...]:
         """Put transition weights on a log scale, log(1 + weight / floor), for every row of the table: (B, I) each."""
         return transitions.lifts(rows, TRANSITION_FLOOR)
 
@@ -308,7 +308,7 @@ class RecommendationNetwork(nn.Module):
         states_BD: Tensor,
         vectors_ID: Tensor,
         standing_IS: Tensor,
-        lifts_BI: tuple[Tensor, Tensor],
+        lifts_BI: tuple[Tensor, ...],
     ) -> Tensor:
         """Score every item for every user: (B, I), log scale up to a constant per user.
 

@@ -103,12 +103,12 @@ draw = np.random.default_rng(1)
 if sys.argv[1:]:
     numbers = some(64)
     loops._powers(numbers, np.float32(4), numbers.copy(), np.zeros(64, np.int32))
-    loops._expect(numbers, numbers.copy(), some(8, 64), np.zeros(11), 0)
-    loops._score(numbers, some(8, 64), some(11), numbers.copy(), numbers.copy(), 0)
+    loops._expect(numbers, numbers.copy(), some(8, 64), np.zeros(12), 0)
+    loops._score(numbers, some(8, 64), some(12), numbers.copy(), numbers.copy(), 0)
     draw = np.random.default_rng(1)
 users, items = 16, 3000
 found = loops._rank(
-    some(users, items), some(8, items), some(users, 11), np.zeros((users, 5), np.int32), some(2, users, 5),
+    some(users, items), some(8, items), some(users, 12), np.zeros((users, 5), np.int32), some(3, users, 5),
     np.ones(items, np.float32), draw.integers(1, items, users), draw.integers(1, items, 4 * users),
     4 * np.arange(1, users + 1), np.empty((0, 0), np.float32),
 )

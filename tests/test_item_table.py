@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recsys.item_table import (
+    CHOSEN_PRIOR,
     MINIMUM_CAPACITY,
     NEXT_POWER,
     TRANSITION_BACK,
@@ -284,9 +285,11 @@ def test_transitions_are_fading_cooccurrence_at_every_prefix(made: list[tuple[in
     for batch in _batches(made, size):
         histories = [history for history, _, _ in batch]
         transitions = table.transitions(_padded(histories))
-        for found, power in zip(transitions.lifts(table.rows, FLOOR), (0.5, 0.5 + NEXT_POWER), strict=True):
-            expected = [[memory.score(h, row, power) for row in range(table.rows)] for h in histories]
-            np.testing.assert_allclose(found, np.log1p(np.array(expected) / FLOOR), atol=1e-4)
+        share_I = CHOSEN_PRIOR / (CHOSEN_PRIOR + table.column("total").numpy())
+        looks = (0.5, 1.0), (0.5 + NEXT_POWER, 1.0), (0.5, share_I)
+        for found, (power, times) in zip(transitions.lifts(table.rows, FLOOR), looks, strict=True):
+            expected = times * np.array([[memory.score(h, row, power) for row in range(table.rows)] for h in histories])
+            np.testing.assert_allclose(found, np.log1p(expected / FLOOR), atol=1e-4)
         _count_batch(table, batch)
         memory.add(batch)
         for row in range(1, table.rows):
@@ -344,13 +347,26 @@ def test_reach_and_weights_by_hand() -> None:
     }
 
 
-def test_both_looks_by_hand() -> None:
+def test_all_looks_by_hand() -> None:
     table = _table()
     _count(table, [[1], [2]], [3, 3])
     found = table.transitions(_padded([[1, 7, 2]]))
-    weight, following = (lift[0].exp() - 1 for lift in found.lifts(table.rows, 1.0))
+    weight, following, rare = (lift[0].exp() - 1 for lift in found.lifts(table.rows, 1.0))
     assert weight.tolist() == pytest.approx([0, 0, 0, 1 + 1 / math.sqrt(3), 0, 0, 0, 0], abs=1e-6)
     assert following.tolist() == pytest.approx([0, 0, 0, 1 + 3**-2.5, 0, 0, 0, 0], abs=1e-6)
+    # Chosen twice.
+    chosen = CHOSEN_PRIOR / (CHOSEN_PRIOR + 2)
+    assert rare.tolist() == pytest.approx([0, 0, 0, chosen * (1 + 1 / math.sqrt(3)), 0, 0, 0, 0], abs=1e-6)
+
+
+def test_of_what_follows_as_often_the_rarer_has_the_larger_third_look() -> None:
+    table = _table()
+    _count(table, [[1], [1], [], [], []], [3, 2, 2, 2, 2])
+    weight, following, rare = (lift[0] for lift in table.transitions(_padded([[1]])).lifts(table.rows, 1.0))
+    # Of the two the second was counted in the same batch, with the same nearness.
+    assert weight[2] == weight[3]
+    assert following[2] == following[3]
+    assert rare[2] < rare[3] < weight[3]
 
 
 def test_an_item_does_not_follow_itself() -> None:
@@ -445,19 +461,21 @@ def test_few_slots_follow_their_rule_at_every_prefix(made: list[tuple[int, int, 
 weights = st.floats(0, 10, width=32)
 
 
-@given(
-    st.lists(st.lists(st.tuples(st.integers(0, 5), weights, weights), min_size=4, max_size=4), min_size=1, max_size=3),
-    st.floats(1e-3, 10),
-)
-def test_lifts_are_the_dense_sums_on_a_log_scale(lines: list[list[tuple[int, float, float]]], floor: float) -> None:
+slots = st.tuples(st.integers(0, 5), weights, weights, weights)
+
+
+@given(st.lists(st.lists(slots, min_size=4, max_size=4), min_size=1, max_size=3), st.floats(1e-3, 10))
+def test_lifts_are_the_dense_sums_on_a_log_scale(
+    lines: list[list[tuple[int, float, float, float]]], floor: float
+) -> None:
     # Row 0 is where empty slots point to, always with nothing.
-    rows = torch.tensor([[row for row, _, _ in line] for line in lines])
-    made = [torch.tensor([[pair[look] if pair[0] else 0.0 for pair in line] for line in lines]) for look in (1, 2)]
+    rows = torch.tensor([[row for row, *_ in line] for line in lines])
+    made = [torch.tensor([[pair[look] if pair[0] else 0.0 for pair in line] for line in lines]) for look in (1, 2, 3)]
     found = Transitions(rows[:, :1], rows, *made).lifts(6, floor)
     for lift, given_weights in zip(found, made, strict=True):
         expected = np.zeros((len(lines), 6))
         for b, line in enumerate(lines):
-            for place, (row, _, _) in enumerate(line):
+            for place, (row, *_) in enumerate(line):
                 expected[b, row] += float(given_weights[b, place])
         np.testing.assert_allclose(lift, np.log1p(expected / floor), rtol=1e-5, atol=1e-6)
 

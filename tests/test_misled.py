@@ -141,7 +141,7 @@ def test_what_leads_to_an_item_is_its_part_of_what_leads_anywhere() -> None:
     by_item = torch.stack([found.towards(torch.full((2,), item)) for item in range(1, 7)], 1)
     torch.testing.assert_close(by_item.sum(1), found.weight_BN.sum(1))
     # Row by row as the scores have it: log(1 + sum / floor).
-    lift_BI, _ = found.lifts(table.rows, 1.0)
+    lift_BI, *_ = found.lifts(table.rows, 1.0)
     torch.testing.assert_close(by_item.log1p(), lift_BI[:, 1:])
 
 

@@ -161,7 +161,7 @@ def test_mixing_weights() -> None:
     weights = network.mixing_weights(histories).detach()
     assert weights.shape == (3, 1 + STANDINGS + LIFTS)
     # Without a history only the standing of the items has a say.
-    assert (weights[0] != 0).tolist() == [False, *[True] * STANDINGS, False, False]
+    assert (weights[0] != 0).tolist() == [False, *[True] * STANDINGS, *[False] * LIFTS]
     for user, length in enumerate((0, 1, LENGTH)):
         gap = float(histories.gaps_BL[user, -1]) if length else 0.0
         context = torch.tensor([1.0, math.log1p(length) / 4, float(length == 0), gap / GAP_BUCKETS])
@@ -175,9 +175,11 @@ def test_mixing_weights() -> None:
 
 def test_mixing_weights_before_anything_is_learned() -> None:
     fresh = build_network(_settings()).mixing_weights(_histories([1, 0]))
-    # Network; positive trends, trends of all feedback, total, age; both looks at what follows.
+    # Network; positive trends, trends of all feedback, total, age; all looks at what follows.
     trends, others = [0.2, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0, 0.0]
-    torch.testing.assert_close(fresh, torch.tensor([[0.5, *trends, *others, 0.7, 0.0], [0.0, *trends, *others, 0, 0]]))
+    torch.testing.assert_close(
+        fresh, torch.tensor([[0.5, *trends, *others, 0.7, 0.0, 0.0], [0.0, *trends, *others, 0, 0, 0]])
+    )
 
 
 def test_scores_equal_a_loop() -> None:
@@ -187,10 +189,7 @@ def test_scores_equal_a_loop() -> None:
     weights = torch.from_numpy(random.normal(size=(users, PARTS))).float()
     states = torch.from_numpy(random.normal(size=(users, DIMENSION))).float()
     standing = torch.from_numpy(random.normal(size=(ITEMS, STANDINGS))).float()
-    lifts = (
-        torch.from_numpy(random.random((users, ITEMS))).float(),
-        torch.from_numpy(random.random((users, ITEMS))).float(),
-    )
+    lifts = tuple(torch.from_numpy(random.random((users, ITEMS))).float() for _ in range(LIFTS))
     found = network.scores(weights, states, table, standing, lifts)
     for u in range(users):
         for i in range(ITEMS):
@@ -205,10 +204,9 @@ def test_scores_equal_a_loop() -> None:
 
 def test_lifts_are_relative_to_the_floor() -> None:
     rows = torch.tensor([[2, 2, 0]])
-    transitions = Transitions(
-        torch.tensor([[1]]), rows, torch.tensor([[0.01, 0.02, 0.0]]), torch.tensor([[0.04, 0, 0]])
-    )
-    for found, total in zip(_network().lifts(transitions, 4), (0.03, 0.04), strict=True):
+    looks = torch.tensor([[[0.01, 0.02, 0.0]], [[0.04, 0, 0]], [[0.002, 0.004, 0]]])
+    transitions = Transitions(torch.tensor([[1]]), rows, *looks)
+    for found, total in zip(_network().lifts(transitions, 4), (0.03, 0.04, 0.006), strict=True):
         assert found.tolist() == [[0.0, 0.0, pytest.approx(math.log(1 + total / TRANSITION_FLOOR), rel=1e-6), 0.0]]
 
 
@@ -273,7 +271,7 @@ def test_gradients_are_finite_and_reach_everything(blocks: int) -> None:
     histories = _histories([0, 2, LENGTH])
     torch.manual_seed(0)
     states = _states(network, histories, table)
-    standing, lifts = torch.randn(ITEMS, STANDINGS), (torch.rand(3, ITEMS), torch.rand(3, ITEMS))
+    standing, lifts = torch.randn(ITEMS, STANDINGS), tuple(torch.rand(3, ITEMS) for _ in range(LIFTS))
     scores = network.scores(network.mixing_weights(histories), states, table, standing, lifts)
     context = network.context_vectors(torch.tensor([[1, -1]] * 3))
     table_of_items = ItemTable(DIMENSION, 4, classes=4)

@@ -66,6 +66,7 @@ class World:
         columns["successor_weight"][1:rows] = torch.from_numpy(
             np.where(successors, draw.random(successors.shape), 0).astype(np.float32)
         )
+        columns["total"][1:rows] = torch.from_numpy(draw.integers(0, 50, items))
         self.standing = torch.from_numpy(draw.standard_normal((rows, STANDINGS)).astype(np.float32))
         self.network: RecommendationNetwork = build_network(settings).eval()
         with torch.no_grad():

@@ -361,20 +361,20 @@ def test_the_class_head_gives_the_numbers_of_the_network() -> None:
 def test_marks_are_the_sums_of_what_follows() -> None:
     table = made_up(60, 8)
     history = torch.randint(0, table.rows, (6, REACH))
-    successors = table.column("successor").numpy(), table.column("successor_weight").numpy()
-    marks = Marks.of(successors, history.numpy(), Own.of([[3, 3, 7]] + [[]] * 5))
+    successor, weight, total = (table.column(name).numpy() for name in ("successor", "successor_weight", "total"))
+    marks = Marks.of((successor, weight, total), history.numpy(), Own.of([[3, 3, 7]] + [[]] * 5))
     dense = table.transitions(history).lifts(table.rows, TRANSITION_FLOOR)
     for user, rows in enumerate(marks.rows_BN):
         there = rows != END
         assert (np.diff(rows[there]) >= 0).all()
-        for look, expected in zip(marks.lifts_2BN[:, user], dense, strict=True):
+        for look, expected in zip(marks.lifts_3BN[:, user], dense, strict=True):
             shown = there & ~marks.hidden_BN[user]
             assert np.allclose(look[shown], expected[user, rows[shown]].numpy(), atol=1e-6)
             other = expected[user].numpy().copy()
             other[rows[there]] = 0
             assert not other.any()
     assert marks.hidden_BN[0].sum() == 3
-    assert np.isneginf(marks.weighted(np.ones((6, 2), np.float32))[0]).sum() == 3
+    assert np.isneginf(marks.weighted(np.ones((6, LIFTS), np.float32))[0]).sum() == 3
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

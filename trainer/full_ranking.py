@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from recsys.compiled import compiled
 from recsys.encoding import to_tensor
-from recsys.item_table import NEXT_POWER, PADDING_ROW, TRANSITION_REACH, ItemTable
-from recsys.network import TRANSITION_FLOOR, Histories, RecommendationNetwork
+from recsys.item_table import CHOSEN_PRIOR, PADDING_ROW, TRANSITION_REACH, ItemTable, nearness
+from recsys.network import LIFTS, TRANSITION_FLOOR, Histories, RecommendationNetwork
 from trainer.quality import MISS, Rows
 
 # In place of the score of an item that must not be ranked.
@@ -33,6 +33,7 @@ LOG2_E, LOG_2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
 EXPONENT_PLACE, EXPONENT_BIAS = 23, 127
 # Of the series of e to the power of x: x^6 first.
 SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
+PRIOR = np.float32(CHOSEN_PRIOR)
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 
@@ -138,12 +139,11 @@ def _by_loop(
 ) -> Ranked:
     weights_BP = network.mixing_weights(histories)
     latest_BK = histories.latest_first(TRANSITION_REACH)
-    distance_K = np.arange(1, latest_BK.shape[1] + 1, dtype=np.float32)
-    scale_2K = np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER]).astype(np.float32)
-    successors = table.column("successor").numpy(), table.column("successor_weight").numpy()
-    rows_BN, sums_2BN, led_B2 = _followed(*successors, latest_BK.contiguous().numpy(), item_B.numpy(), scale_2K)
+    memory = (table.column(name).numpy() for name in ("successor", "successor_weight", "total"))
+    scale_2K = nearness(latest_BK.shape[1])
+    rows_BN, sums_3BN, led_B2 = _followed(*memory, latest_BK.contiguous().numpy(), item_B.numpy(), scale_2K)
     # torch's logarithm does eight at a time.
-    lifts_2BN = torch.from_numpy(sums_2BN).div_(TRANSITION_FLOOR).log1p_()
+    lifts_3BN = torch.from_numpy(sums_3BN).div_(TRANSITION_FLOOR).log1p_()
     hidden = list(histories.rows_BL.numpy()) if seen is None else seen
     products_BI = states_BD @ table.column("vector").T
     scores_BI = np.empty(products_BI.shape if keep else (0, 0), np.float32)
@@ -152,7 +152,7 @@ def _by_loop(
         standing_IS.T.contiguous().numpy(),
         weights_BP.detach().numpy(),
         rows_BN,
-        lifts_2BN.numpy(),
+        lifts_3BN.numpy(),
         table.column("total").numpy(),
         item_B.numpy(),
         np.concatenate(hidden).astype(np.int64, copy=False),
@@ -167,15 +167,15 @@ def _by_loop(
 
 @compiled
 def _followed(
-    successor_IM: Integers, weight_IM: Floats, latest_BK: Rows, item_B: Rows, scale_2K: Floats
+    successor_IM: Integers, weight_IM: Floats, total_I: Floats, latest_BK: Rows, item_B: Rows, scale_2K: Floats
 ) -> tuple[Integers, Floats, Floats]:
-    """Sum, for each row that followed a user's latest items, both looks at how often; past the last one rows are 0.
+    """Sum, for each row that followed a user's latest items, all looks at how often; past the last one rows are 0.
 
     Then the first look's sums for one item of each user, and for all.
     """
     users, reach = latest_BK.shape
     room = reach * successor_IM.shape[1]
-    rows_BN, sums_2BN = np.zeros((users, room + 1), np.int32), np.zeros((2, users, room + 1), np.float32)
+    rows_BN, sums_3BN = np.zeros((users, room + 1), np.int32), np.zeros((LIFTS, users, room + 1), np.float32)
     led_B2 = np.zeros((users, 2), np.float32)
     place_I = np.full(len(successor_IM), -1, np.int32)
     for user in range(users):
@@ -190,13 +190,15 @@ def _followed(
                             place_I[row], rows_BN[user, found] = found, row
                             found += 1
                         for look in range(2):
-                            sums_2BN[look, user, place_I[row]] += scale_2K[look, distance] * weight_IM[item, slot]
+                            sums_3BN[look, user, place_I[row]] += scale_2K[look, distance] * weight_IM[item, slot]
         if place_I[item_B[user]] >= 0:
-            led_B2[user, 0] = sums_2BN[0, user, place_I[item_B[user]]]
+            led_B2[user, 0] = sums_3BN[0, user, place_I[item_B[user]]]
         for place in range(found):
-            led_B2[user, 1] += sums_2BN[0, user, place]
-            place_I[rows_BN[user, place]] = -1
-    return rows_BN, sums_2BN, led_B2
+            row, total = rows_BN[user, place], sums_3BN[0, user, place]
+            sums_3BN[2, user, place] = total * (PRIOR / (total_I[row] + PRIOR))
+            led_B2[user, 1] += total
+            place_I[row] = -1
+    return rows_BN, sums_3BN, led_B2
 
 
 @compiled
@@ -234,13 +236,14 @@ def _score(
 
 @compiled
 def _lift(
-    scores_T: Floats, weights_P: Floats, rows_X: Rows, lifts_2X: Floats, next_X: Integers, mark: int, first: int
+    scores_T: Floats, weights_P: Floats, rows_X: Rows, lifts_3X: Floats, next_X: Integers, mark: int, first: int
 ) -> None:
     """Add to a stretch's scores, from item `first` on, what the transition memory says of those in a chain."""
     while mark >= 0:
         place = rows_X[mark] - first
         if scores_T[place] != np.float32(MASKED):
-            scores_T[place] += weights_P[-2] * lifts_2X[0, mark] + weights_P[-1] * lifts_2X[1, mark]
+            for look in range(LIFTS):
+                scores_T[place] += weights_P[look - LIFTS] * lifts_3X[look, mark]
         mark = next_X[mark]
 
 
@@ -319,7 +322,7 @@ def _own(
     total_I: Floats,
     item_B: Rows,
     rows_X: Integers,
-    lifts_2X: Floats,
+    lifts_3X: Floats,
     mark_BZ: Integers,
     next_X: Integers,
 ) -> tuple[Floats, Floats]:
@@ -331,12 +334,12 @@ def _own(
         first = item // STRETCH * STRETCH
         end = min(first + STRETCH, len(total_I))
         _score(products_BI[user, first:end], standing_SI, weights_P, total_I[first:end], scores_T, first)
-        _lift(scores_T, weights_P, rows_X, lifts_2X, next_X, mark, first)
+        _lift(scores_T, weights_P, rows_X, lifts_3X, next_X, mark, first)
         own_B[user] = scores_T[item - first]
-        parts_BP[user, 0], parts_BP[user, 1:-2] = products_BI[user, item], standing_SI[:, item]
+        parts_BP[user, 0], parts_BP[user, 1:-LIFTS] = products_BI[user, item], standing_SI[:, item]
         while mark >= 0:
             if rows_X[mark] == item:
-                parts_BP[user, -2:] = lifts_2X[:, mark]
+                parts_BP[user, -LIFTS:] = lifts_3X[:, mark]
             mark = next_X[mark]
     return own_B, parts_BP
 
@@ -347,7 +350,7 @@ def _rank(
     standing_SI: Floats,
     weights_BP: Floats,
     rows_BN: Integers,
-    lifts_2BN: Floats,
+    lifts_3BN: Floats,
     total_I: Floats,
     item_B: Rows,
     hidden_H: Rows,
@@ -359,10 +362,10 @@ def _rank(
     Return the items' ranks by score and by popularity, the losses, and of each part of the score how much more was
     expected than came: so the loss changes with the part's weight.
     """
-    (users, items), rows_X, lifts_2X = products_BI.shape, rows_BN.ravel(), lifts_2BN.reshape(2, rows_BN.size)
+    (users, items), rows_X, lifts_3X = products_BI.shape, rows_BN.ravel(), lifts_3BN.reshape(LIFTS, rows_BN.size)
     mark_BZ, next_X = _chains(rows_X, rows_BN.shape[1] * np.arange(1, users + 1), items)
     hidden_BZ, next_H = _chains(hidden_H, ends_B, items)
-    ways = rows_X, lifts_2X, mark_BZ, next_X
+    ways = rows_X, lifts_3X, mark_BZ, next_X
     own_B, came_BP = _own(products_BI, standing_SI, weights_BP, total_I, item_B, *ways)
     largest_B, sum_B, expected_BP = own_B.copy(), np.zeros(users), np.zeros(weights_BP.shape)
     ahead_B2, repeated_B = np.zeros((users, 2), np.int64), np.zeros(users, np.bool_)
@@ -374,7 +377,7 @@ def _rank(
         for user in range(users):
             item, products_T, mark = item_B[user], products_BI[user, first:end], mark_BZ[user, stretch]
             _score(products_T, standing_SI, weights_BP[user], total_T, scores_T, first)
-            _lift(scores_T, weights_BP[user], rows_X, lifts_2X, next_X, mark, first)
+            _lift(scores_T, weights_BP[user], rows_X, lifts_3X, next_X, mark, first)
             repeated_B[user] |= _hide(scores_T, hidden_H, next_H, hidden_BZ[user, stretch], first, item)
             if len(scores_BI):
                 scores_BI[user, first:end] = scores_T
@@ -390,8 +393,8 @@ def _rank(
             _powers(scores_T, largest, powers_T, halvings_T)
             sum_B[user] += _expect(powers_T, products_T, standing_SI, expected_BP[user], first)
             while mark >= 0:
-                for look in range(2):
-                    expected_BP[user, look - 2] += powers_T[rows_X[mark] - first] * lifts_2X[look, mark]
+                for look in range(LIFTS):
+                    expected_BP[user, look - LIFTS] += powers_T[rows_X[mark] - first] * lifts_3X[look, mark]
                 mark = next_X[mark]
     rank_B2, loss_B = 1 + ahead_B2, np.empty(users, np.float32)
     for user in range(users):

@@ -7,7 +7,6 @@ Shapes: B users, K latest items, M successors of each, N marks, G buckets of row
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.compiled import compiled_apart
-from recsys.item_table import NEXT_POWER
-from recsys.network import TRANSITION_FLOOR
+from recsys.item_table import CHOSEN_PRIOR, nearness
+from recsys.network import LIFTS, TRANSITION_FLOOR
 from recsys.scorer.lanes import trailing_zeros
 from recsys.scorer.retrieval import Own
 
@@ -27,6 +26,7 @@ Longs = NDArray[np.int64]
 BUCKETS, LEAST_IN_BUCKET = 4096, 4
 # Buckets that a whole number of 64 bits tells the use of, as a power of two.
 WORD = 6
+PRIOR = np.float32(CHOSEN_PRIOR)
 # Above any row.
 END = 2**31 - 1
 
@@ -37,60 +37,60 @@ class Marks:
 
     rows_BN: Integers
     hidden_BN: NDArray[np.bool_]
-    # Both looks into the transition memory on a log scale, and the row of the history that leads here most.
-    lifts_2BN: Floats
+    # All looks into the transition memory on a log scale, and the row of the history that leads here most.
+    lifts_3BN: Floats
     because_BN: Integers
 
     @classmethod
-    def of(cls, successors: tuple[Integers, Floats], history_BK: Longs, own: Own | None = None) -> Marks:
+    def of(cls, successors: tuple[Integers, Floats, Floats], history_BK: Longs, own: Own | None = None) -> Marks:
         """Mark what follows the histories, latest first, and hide each user's `own` rows.
 
-        `successors` are the rows (I, M) that followed each row, and how much they weigh.
+        `successors` are the rows (I, M) that followed each row, how much they weigh, and how often each row was chosen.
         """
         own = own or Own(np.empty(0, np.int64), np.zeros(len(history_BK), np.int64))
-        rows_BN, hidden_BN, sums_2BN, because_BN = _mark(
+        rows_BN, hidden_BN, sums_3BN, because_BN = _mark(
             *successors,
             history_BK,
-            _scales(history_BK.shape[1]),
+            nearness(history_BK.shape[1]),
             own.rows_H,
             own.ends_B,
         )
         # torch's logarithm does eight at a time.
-        lifts_2BN = torch.from_numpy(sums_2BN).div_(TRANSITION_FLOOR).log1p_().numpy()
-        return cls(rows_BN, hidden_BN, lifts_2BN, because_BN)
+        lifts_3BN = torch.from_numpy(sums_3BN).div_(TRANSITION_FLOOR).log1p_().numpy()
+        return cls(rows_BN, hidden_BN, lifts_3BN, because_BN)
 
-    def weighted(self, weights_B2: Floats) -> Floats:
+    def weighted(self, weights_B3: Floats) -> Floats:
         """Return what each mark adds to the score of its row, below HIDDEN where that must not come back: (B, N)."""
-        found_BN: Floats = _weigh(self.lifts_2BN, self.hidden_BN, weights_B2)
+        found_BN: Floats = _weigh(self.lifts_3BN, self.hidden_BN, weights_B3)
         return found_BN
 
     def at(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both lifts of rows (B, K, 2) and the row of the history item that leads there most (B, K); 0: none."""
-        lifts_BK2, because_BK = _at(self.rows_BN, self.lifts_2BN, self.because_BN, rows_BK.numpy())
-        return torch.from_numpy(lifts_BK2), torch.from_numpy(because_BK)
-
-
-@cache
-def _scales(reach: int) -> Floats:
-    """Return what the latest, second latest and so on item counts for in both looks: (2, K)."""
-    distance_K = np.arange(1, reach + 1, dtype=np.float32)
-    return np.stack([1 / np.sqrt(distance_K), 1 / np.sqrt(distance_K) / distance_K**NEXT_POWER]).astype(np.float32)
+        """Return all lifts of rows (B, K, 3) and the row of the history item that leads there most (B, K); 0: none."""
+        lifts_BK3, because_BK = _at(self.rows_BN, self.lifts_3BN, self.because_BN, rows_BK.numpy())
+        return torch.from_numpy(lifts_BK3), torch.from_numpy(because_BK)
 
 
 @compiled_apart
-def _weigh(lifts_2BN: Floats, hidden_BN: NDArray[np.bool_], weights_B2: Floats) -> Floats:
+def _weigh(lifts_3BN: Floats, hidden_BN: NDArray[np.bool_], weights_B3: Floats) -> Floats:
     found_BN = np.empty(hidden_BN.shape, np.float32)
     for user in range(hidden_BN.shape[0]):
-        first, second = weights_B2[user, 0], weights_B2[user, 1]
         for mark in range(hidden_BN.shape[1]):
-            lift = first * lifts_2BN[0, user, mark] + second * lifts_2BN[1, user, mark]
+            lift = np.float32(0.0)
+            for look in range(LIFTS):
+                lift += weights_B3[user, look] * lifts_3BN[look, user, mark]
             found_BN[user, mark] = -np.inf if hidden_BN[user, mark] else lift
     return found_BN
 
 
 @compiled_apart
 def _mark(
-    successor_IM: Integers, weight_IM: Floats, history_BK: Longs, scale_2K: Floats, own_H: Longs, ends_B: Longs
+    successor_IM: Integers,
+    weight_IM: Floats,
+    total_I: Floats,
+    history_BK: Longs,
+    scale_2K: Floats,
+    own_H: Longs,
+    ends_B: Longs,
 ) -> tuple[Integers, NDArray[np.bool_], Floats, Integers]:
     users, reach = history_BK.shape
     successors = successor_IM.shape[1]
@@ -100,7 +100,7 @@ def _mark(
     room = most + reach * successors
     rows_BN = np.full((users, room + 1), END, np.int32)
     hidden_BN, because_BN = np.zeros((users, room + 1), np.bool_), np.zeros((users, room + 1), np.int32)
-    sums_2BN = np.zeros((2, users, room + 1), np.float32)
+    sums_3BN = np.zeros((LIFTS, users, room + 1), np.float32)
     # Of each bucket of rows one more than the number of its first mark; of each mark its row and the next one alike.
     # Shifted rather than divided: a division takes as long as all else that is done for a successor.
     shift = LEAST_IN_BUCKET
@@ -110,7 +110,7 @@ def _mark(
     # A bit for each bucket that holds anything: most hold nothing, and to ask each is a guess for the processor.
     used_W = np.zeros((len(head_G) >> WORD) + 1, np.uint64)
     hidden_N, because_N = np.empty(room, np.bool_), np.empty(room, np.int32)
-    # Both sums, and the largest part of the first.
+    # The sums by distance, and the largest part of the first.
     sums_N3 = np.empty((room, 3), np.float32)
     for user in range(users):
         count = 0
@@ -146,13 +146,15 @@ def _mark(
                 while mark >= 0:
                     row, place = chain_N2[mark, 0], done
                     while place > first and rows_BN[user, place - 1] > row:
-                        _move(rows_BN[user], hidden_BN[user], because_BN[user], sums_2BN[:, user], place)
+                        _move(rows_BN[user], hidden_BN[user], because_BN[user], sums_3BN[:, user], place)
                         place -= 1
                     rows_BN[user, place], hidden_BN[user, place] = row, hidden_N[mark]
                     because_BN[user, place] = because_N[mark]
-                    sums_2BN[0, user, place], sums_2BN[1, user, place] = sums_N3[mark, 0], sums_N3[mark, 1]
+                    sums_3BN[0, user, place], sums_3BN[1, user, place] = sums_N3[mark, 0], sums_N3[mark, 1]
                     mark, done = chain_N2[mark, 1] - 1, done + 1
-    return rows_BN, hidden_BN, sums_2BN, because_BN
+        for place in range(done):
+            sums_3BN[2, user, place] = sums_3BN[0, user, place] * (PRIOR / (total_I[rows_BN[user, place]] + PRIOR))
+    return rows_BN, hidden_BN, sums_3BN, because_BN
 
 
 @compiled_apart
@@ -166,22 +168,22 @@ def _chain(head_G: Integers, used_W: NDArray[np.uint64], shift: int, chain_N2: I
 
 
 @compiled_apart
-def _move(rows_N: Integers, hidden_N: NDArray[np.bool_], because_N: Integers, sums_2N: Floats, place: int) -> None:
+def _move(rows_N: Integers, hidden_N: NDArray[np.bool_], because_N: Integers, sums_3N: Floats, place: int) -> None:
     """Move the mark before `place` there."""
     rows_N[place], hidden_N[place], because_N[place] = rows_N[place - 1], hidden_N[place - 1], because_N[place - 1]
-    sums_2N[0, place], sums_2N[1, place] = sums_2N[0, place - 1], sums_2N[1, place - 1]
+    sums_3N[0, place], sums_3N[1, place] = sums_3N[0, place - 1], sums_3N[1, place - 1]
 
 
 @compiled_apart
-def _at(rows_BN: Integers, lifts_2BN: Floats, because_BN: Integers, rows_BK: Longs) -> tuple[Floats, Longs]:
+def _at(rows_BN: Integers, lifts_3BN: Floats, because_BN: Integers, rows_BK: Longs) -> tuple[Floats, Longs]:
     users, count = rows_BK.shape
-    lifts_BK2, because_BK = np.zeros((users, count, 2), np.float32), np.zeros((users, count), np.int64)
+    lifts_BK3, because_BK = np.zeros((users, count, LIFTS), np.float32), np.zeros((users, count), np.int64)
     for user in range(users):
         for place in range(count):
             row = rows_BK[user, place]
             mark = np.searchsorted(rows_BN[user], row)
             if rows_BN[user, mark] == row:
-                lifts_BK2[user, place, 0] = lifts_2BN[0, user, mark]
-                lifts_BK2[user, place, 1] = lifts_2BN[1, user, mark]
+                for look in range(LIFTS):
+                    lifts_BK3[user, place, look] = lifts_3BN[look, user, mark]
                 because_BK[user, place] = because_BN[user, mark]
-    return lifts_BK2, because_BK
+    return lifts_BK3, because_BK

@@ -104,7 +104,7 @@ def apart(
     vectors_ID: Floats,
     standing_IS: Floats,
     rows_BK: Longs,
-    lifts_BK2: Floats,
+    lifts_BK3: Floats,
     because_BK: Longs,
     mean_vector_D: Floats,
     mean_standing_S: Floats,
@@ -129,14 +129,14 @@ def apart(
             for column in range(standings):
                 stands += weights_BP[user, 1 + column] * standing_IS[row, column]
             for look in range(_LIFTS):
-                moves += lifts[look] * lifts_BK2[user, place, look]
+                moves += lifts[look] * lifts_BK3[user, place, look]
             product *= network
             network_BK[user, place], standing_BK[user, place], transitions_BK[user, place] = product, stands, moves
             # A part that says nothing is no reason, even where the others are below average: the network without a
             # history, the transition memory for an item that never followed. Of equal ones the first.
             best = product - network * usual_network if network else np.float32(HIDDEN)
             sources_BK[user, place] = _NETWORK
-            if lifts_BK2[user, place, 0] and moves > best:
+            if lifts_BK3[user, place, 0] and moves > best:
                 best, sources_BK[user, place] = moves, _TRANSITION
             if stands - usual_standing > best:
                 sources_BK[user, place] = _TRENDING

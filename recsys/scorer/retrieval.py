@@ -71,7 +71,7 @@ class Known(Protocol):
     """What the transition memory says of a batch of users."""
 
     def at(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both looks on a log scale (B, K, 2), and the row of the history item that leads here most (B, K)."""
+        """Return all looks on a log scale (B, K, 3), and the row of the history item that leads here most (B, K)."""
 
 
 class Found(NamedTuple):
@@ -92,29 +92,31 @@ class Lifts:
         self._owner_BN = board.slots(rows_BN, rows_BN)
         self._lifts_BN = [
             torch.zeros_like(weight_BN).scatter_add_(1, self._owner_BN, weight_BN).div_(TRANSITION_FLOOR).log1p_()
-            for weight_BN in (transitions.weight_BN, transitions.next_BN)
+            for weight_BN in transitions.looks
         ]
 
-    def weighted(self, weights_B2: Tensor) -> Tensor:
+    def weighted(self, weights_B3: Tensor) -> Tensor:
         """Return what each slot adds to the score of its row: (B, N)."""
-        first_BN, second_BN = self._lifts_BN
-        return torch.addcmul(weights_B2[:, :1] * first_BN, weights_B2[:, 1:], second_BN)
+        added_BN = torch.zeros_like(self._lifts_BN[0])
+        for weight_B, lift_BN in zip(weights_B3.unbind(1), self._lifts_BN, strict=True):
+            added_BN.addcmul_(weight_B[:, None], lift_BN)
+        return added_BN
 
     def at(self, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both looks on a log scale (B, K, 2), and the row of the history item that leads here most (B, K)."""
+        """Return all looks on a log scale (B, K, 3), and the row of the history item that leads here most (B, K)."""
         found = self._transitions
         count, places = found.rows_BN.shape[1], found.history_BK.shape[1]
         slot_BK = self._board.slots(found.rows_BN, rows_BK).clamp_(0, count - 1)
         slot_BK = self._owner_BN.gather(1, slot_BK)
         # Where a row is no slot's, the board holds anything at all.
         there_BK = found.rows_BN.gather(1, slot_BK) == rows_BK
-        lifts_BK2 = torch.stack([lift_BN.gather(1, slot_BK) for lift_BN in self._lifts_BN], 2) * there_BK[:, :, None]
+        lifts_BK3 = torch.stack([lift_BN.gather(1, slot_BK) for lift_BN in self._lifts_BN], 2) * there_BK[:, :, None]
         strongest_BN = torch.zeros_like(found.weight_BN).scatter_reduce_(1, self._owner_BN, found.weight_BN, "amax")
         slots_N = torch.arange(count, device=rows_BK.device)
         most_BN = slots_N.where(found.weight_BN == strongest_BN.gather(1, self._owner_BN), count - 1)
         first_BN = torch.full_like(self._owner_BN, count - 1).scatter_reduce_(1, self._owner_BN, most_BN, "amin")
         because_BK = found.history_BK.gather(1, first_BN.gather(1, slot_BK) // (count // places))
-        return lifts_BK2, because_BK * there_BK
+        return lifts_BK3, because_BK * there_BK
 
 
 class Board:

@@ -46,7 +46,8 @@ class Search:
             items.vectors_ID.shape[1],
             *(tuple(getattr(each, name) for each in items.rough) for name in ("lost", "longest", "widest")),
         )
-        self._successors = table.column("successor").numpy(), table.column("successor_weight").numpy()
+        successor, weight, total = (table.column(name).numpy() for name in ("successor", "successor_weight", "total"))
+        self._successors = successor, weight, total
 
     def look_up(self, history_BK: Tensor) -> Marks:
         """Sum what the transition memory says of histories, latest first."""

@@ -165,7 +165,7 @@ class Served:
         return log_worth(logits_BKC.numpy(), self._worth_C, self._settings.worth_weight), logits_BKC
 
     def _apart(self, users: _Users, rows_BK: Tensor, known: Known) -> Parts:
-        lifts_BK2, because_BK = known.at(rows_BK)
+        lifts_BK3, because_BK = known.at(rows_BK)
         items, places_BK = (self._vectors_ID, self._standing_IS), rows_BK
         if self._device.type != "cpu":
             # The few rows that are looked at, rather than all, leave the GPU.
@@ -173,7 +173,7 @@ class Served:
             items = self._vectors_ID[flat], self._standing_IS[flat]
             places_BK = torch.arange(len(flat)).view(rows_BK.shape)
         parts: Parts = apart(
-            *map(_host, (users.weights_BP, users.states_BD, *items, places_BK, lifts_BK2, because_BK)), *self._means
+            *map(_host, (users.weights_BP, users.states_BD, *items, places_BK, lifts_BK3, because_BK)), *self._means
         )
         return parts
 
