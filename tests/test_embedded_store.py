@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -42,6 +43,32 @@ def test_data_survives_stop_and_kill_and_the_directory_has_one_holder(tmp_path: 
     with EmbeddedStore(directory) as again, connect(at(again.url)) as client:
         assert client.mget("stopped", "killed") == [b"1", b"1"]
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+
+
+def told(directory: Path, *flags: str) -> tuple[str, str]:
+    """Return the store's URL by which a command goes that is run beside a data directory, and where it is from."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RECSYS_")}
+    command = [sys.executable, "-m", "recsys", "config", "--json", *flags]
+    found = subprocess.run(command, cwd=directory, env=environment, check=True, capture_output=True)
+    shown = json.loads(found.stdout)
+    return shown["settings"]["redis_url"], shown["origin"]["redis_url"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a process runs is told by Linux alone")
+def test_commands_beside_a_running_store_find_it(tmp_path: Path) -> None:
+    default = "redis://127.0.0.1:6379/0", "default"
+    directory = tmp_path / "data"
+    assert told(tmp_path) == default
+    with EmbeddedStore(directory) as store:
+        assert told(tmp_path) == (store.url, "running store")
+        assert told(tmp_path, "--redis-url=redis://elsewhere:1/0") == ("redis://elsewhere:1/0", "flag")
+        assert told(tmp_path, "--data-dir=other") == default
+        os.kill(store.pid, signal.SIGKILL)
+        store._server._process.wait()  # type: ignore[union-attr]
+        assert told(tmp_path) == default
+    with EmbeddedStore(directory) as store:
+        assert told(tmp_path) == (store.url, "running store")
+    assert told(tmp_path) == default
 
 
 def test_a_store_that_does_not_start_says_where_to_look_and_frees_the_directory(tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from recsys.settings import CLASS_PRESETS, ENVIRONMENT_PREFIX, FeedbackClass, Settings, load
+from recsys.store.running import running_url
 
+# What the settings say of how to reach another store does not hold for the embedded one, on loopback.
+PLAIN_STORE = dict.fromkeys(("redis_password_file", "redis_tls_ca", "redis_tls_certificate", "redis_tls_key"), "")
 PANEL = f"Settings: flag, {ENVIRONMENT_PREFIX}NAME in the environment, or name in the TOML file"
 
 ConfigFile = Annotated[
@@ -28,7 +31,10 @@ OwnConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="F
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Hold the settings in force and where those come from that are not defaults: flag, environment or file."""
+    """Hold the settings in force and where those come from that are not defaults.
+
+    Flag, environment or file; or the running store, which tells its own address.
+    """
 
     settings: Settings
     origin: Mapping[str, str]
@@ -70,7 +76,12 @@ def _effective(ctx: typer.Context, texts: Mapping[str, Any], file: Path | None) 
     in_file = tomllib.loads(file.read_text(encoding="utf-8")) if file else {}
     origin = dict.fromkeys(in_file, "file")
     origin |= {name: "environment" for name, source in sources.items() if source == "ENVIRONMENT"}
-    return Given(settings, origin | dict.fromkeys(flags, "flag"))
+    origin |= dict.fromkeys(flags, "flag")
+    if "redis_url" not in origin and (url := running_url(settings.data_dir)):
+        # `up` or `demo` has a store of its own there: whoever names no other means that one.
+        settings = settings.model_copy(update={"redis_url": url, **PLAIN_STORE})
+        origin["redis_url"] = "running store"
+    return Given(settings, origin)
 
 
 def _annotation(name: str) -> Any:

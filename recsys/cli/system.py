@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO, Any
 
+from recsys.cli.settings_flags import PLAIN_STORE
 from recsys.errors import RecsysError
 from recsys.settings import ENVIRONMENT_PREFIX, Settings
 
@@ -31,8 +32,6 @@ KEEP_PAGES = {
 # Beyond drain_seconds: a stopping part may have a version to commit, or an append-only file to write.
 STOP_SECONDS = 60.0
 PR_SET_PDEATHSIG = 1
-# What the settings say of how to reach another store does not hold for the embedded one, on loopback.
-PLAIN_STORE = dict.fromkeys(("redis_password_file", "redis_tls_ca", "redis_tls_certificate", "redis_tls_key"), "")
 
 
 class PartStopped(RecsysError):

