@@ -251,15 +251,14 @@ class Plain:
             network.context_vectors(encoded)[0],
             [bucket for bucket in encoded[0].tolist() if bucket >= 0],
         )
-        standing, looks = self.standing(), (self.follows(rows, 0.5), self.follows(rows, 2.5))
+        standing, near, nearest = self.standing(), self.follows(rows, 0.5), self.follows(rows, 2.5)
         scores, final, parts = [], [], []
         for row in range(len(self.ids)):
             network_part = weights[0] * float(state.double() @ vectors[row].double())
-            standing_part = sum(weight * value for weight, value in zip(weights[1:-2], standing[row], strict=True))
-            follows_part = sum(
-                weight * math.log1p(sum(follows.get(row, {}).values()) / 0.1)
-                for weight, follows in zip(weights[-2:], looks, strict=True)
-            )
+            standing_part = sum(weight * value for weight, value in zip(weights[1:-3], standing[row], strict=True))
+            often, next_to = (sum(follows.get(row, {}).values()) for follows in (near, nearest))
+            looks = often, next_to, often * 10 / (10 + float(self.columns["total"][row]))
+            follows_part = sum(w * math.log1p(look / 0.1) for w, look in zip(weights[-3:], looks, strict=True))
             parts.append([network_part, follows_part, standing_part])
             score = network_part + follows_part + standing_part
             rates = torch.tensor(self.rates(rows, buckets, row))
