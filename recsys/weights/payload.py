@@ -354,11 +354,13 @@ def _write_each(target_N: NDArray[np.uint8], part_N: NDArray[np.uint8], page: in
     while first < len(part_N):
         if end > len(part_N):
             end = np.int64(len(part_N))
-        bits = np.uint8(0)
-        for place in range(first, end):
-            bits |= part_N[place]
+        # Indices from nought on, or each byte is asked whether its place is negative; one assignment goes byte by byte.
+        from_P, to_P, bits = part_N[first:end], target_N[first:end], np.uint8(0)
+        for place in range(len(from_P)):
+            bits |= from_P[place]
         if bits:
-            target_N[first:end] = part_N[first:end]
+            for place in range(len(from_P)):
+                to_P[place] = from_P[place]
         first, end = end, end + page
 
 
