@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from recsys.item_table import PADDING_ROW, ItemTable
 from recsys.network import Histories, build_network
 from recsys.settings import load
 from trainer import full_ranking
-from trainer.full_ranking import Ranked
+from trainer.full_ranking import Ranked, rank
 
 LENGTH, USERS = 6, 40
 SETTINGS = load({"dimension": 8, "history_length": LENGTH, "context_buckets": 8, "successors": 4}, environment={})
@@ -79,6 +80,27 @@ def test_both_ways_find_the_same(items: int, seen: bool) -> None:
     # Some were had already.
     assert 0 in one.rank_B
     assert len(set(one.rank_B.tolist())) > 2
+
+
+def test_the_temperature_divides_what_is_read_as_a_probability_and_moves_no_rank() -> None:
+    table, histories, item_B = _world(50, 9)
+    network = build_network(SETTINGS)
+    found = []
+    for temperature in (1.0, 2.5):
+        with torch.no_grad():
+            network.mix.log_temperature.fill_(math.log(temperature))
+            found.append(
+                rank(network, table, histories, torch.ones(USERS, 8), table.standing(), item_B, None, keep=True)
+            )
+        scores_BI = found[-1].scores_BI
+        assert scores_BI is not None
+        expected_B = torch.nn.functional.cross_entropy(scores_BI / temperature, item_B, reduction="none")
+        torch.testing.assert_close(found[-1].loss_B, expected_B, atol=1e-5, rtol=1e-5)
+    cold, warm = found
+    torch.testing.assert_close(cold.mixed_loss_B, cold.loss_B)
+    assert torch.equal(cold.mixed_loss_B, warm.mixed_loss_B)
+    assert not torch.allclose(warm.mixed_loss_B, warm.loss_B, atol=0.01)
+    assert cold.rank_B.tolist() == warm.rank_B.tolist()
 
 
 def test_a_score_that_is_no_number_gives_no_loss() -> None:
