@@ -392,6 +392,7 @@ def test_seen_replaces_the_history(device: torch.device) -> None:
 def test_the_power_of_the_mixing_loss_rises_with_the_feedback_learned() -> None:
     events = _Site().any_events(64)
     learner = _learner(events[:48])
+    _allocate(learner, events[48:])
     examples = encode_events(events[48:], learner.settings)
     test, standing = learner.prequential.test, learner.table.standing()
     losses = []
