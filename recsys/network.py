@@ -128,6 +128,15 @@ class _Block(nn.Module):
         return finished
 
 
+class _Mix(nn.Linear):
+    """Map what is known of the history to the weight of each part of the score."""
+
+    def __init__(self) -> None:
+        super().__init__(MIXING_CONTEXT, PARTS)
+        # Logarithm of what divides the score where it is read as a probability; the order of items is as it is.
+        self.log_temperature = nn.Parameter(torch.zeros(1))
+
+
 class _Dense:
     """A part of the input with its own vector at every place: (B, L, D)."""
 
@@ -213,7 +222,7 @@ class RecommendationNetwork(nn.Module):
         self.gap = nn.Embedding(GAP_BUCKETS, dimension)
         self.entry_dropout = dropout
         self.blocks = nn.ModuleList(_Block(dimension, heads, dropout) for _ in range(blocks))
-        self.mix = nn.Linear(MIXING_CONTEXT, PARTS)
+        self.mix = _Mix()
         self.context = nn.Embedding(context_buckets, CONTEXT_WIDTH)
         self.rates = Rates(classes, context_buckets, worth, histories_tell)
         self.rank = nn.Sequential(

@@ -177,7 +177,7 @@ def test_the_mixing_fitted_is_the_same_whatever_it_was_and_foresees_more(
     assert all(torch.equal(value, fitted[name]) for name, value in learner.network.state_dict().items())
     assert summary(first) == summary(second)
     changed = {name for name, value in fitted.items() if not torch.equal(value, before[name])}
-    assert changed == {"mix.weight", "mix.bias"}
+    assert changed == {"mix.weight", "mix.bias", "mix.log_temperature"}
     assert torch.equal(learner.table.column("vector"), rest[0])
     assert counts(learner) == rest[1]
     monkeypatch.setattr(mixing, "STEPS", 0)

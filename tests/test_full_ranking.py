@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from recsys.item_table import PADDING_ROW, ItemTable
 from recsys.network import Histories, build_network
 from recsys.settings import load
 from trainer import full_ranking
-from trainer.full_ranking import Ranked
+from trainer.full_ranking import Ranked, rank
 
 LENGTH, USERS = 6, 40
 SETTINGS = load({"dimension": 8, "history_length": LENGTH, "context_buckets": 8, "successors": 4}, environment={})
@@ -49,6 +50,8 @@ def _world(items: int, seed: int) -> tuple[ItemTable, Histories, torch.Tensor]:
 def test_both_ways_find_the_same(items: int, seen: bool) -> None:
     table, histories, item_B = _world(items, items)
     network = build_network(SETTINGS)
+    with torch.no_grad():
+        network.mix.log_temperature.fill_(0.4)
     states_BD = 2 * torch.randn(USERS, 8, generator=torch.Generator().manual_seed(7))
     own = [np.unique(rows[rows != 0])[-1 - n % 4 :] for n, rows in enumerate(histories.rows_BL.numpy())]
     rows = own if seen else None
@@ -57,13 +60,15 @@ def test_both_ways_find_the_same(items: int, seen: bool) -> None:
         assert callable(way)
         network.zero_grad()
         ranked = way(network, table, histories, states_BD, table.standing(), item_B, rows, keep=True)
-        (ranked.loss_B * torch.arange(USERS)).sum().backward()
-        return ranked, [network.mix.weight.grad.clone(), network.mix.bias.grad.clone()]
+        ((ranked.mixed_loss_B - 0.5 * ranked.loss_B) * torch.arange(USERS)).sum().backward()
+        return ranked, [parameter.grad.clone() for parameter in network.mix.parameters()]
 
     (one, one_gradients), (other, other_gradients) = found(full_ranking._by_loop), found(full_ranking._by_tensors)
     assert one.rank_B.tolist() == other.rank_B.tolist()
     assert one.popularity_rank_B.tolist() == other.popularity_rank_B.tolist()
-    torch.testing.assert_close(one.loss_B, other.loss_B, atol=1e-5, rtol=1e-5)
+    for name in ("mixed_loss_B", "loss_B"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+    assert float((one.mixed_loss_B - one.loss_B).detach().abs().max()) > 0.01
     assert one.scores_BI is not None
     assert other.scores_BI is not None
     torch.testing.assert_close(one.scores_BI, other.scores_BI, atol=1e-5, rtol=1e-5)
@@ -77,6 +82,27 @@ def test_both_ways_find_the_same(items: int, seen: bool) -> None:
     assert len(set(one.rank_B.tolist())) > 2
 
 
+def test_the_temperature_divides_what_is_read_as_a_probability_and_moves_no_rank() -> None:
+    table, histories, item_B = _world(50, 9)
+    network = build_network(SETTINGS)
+    found = []
+    for temperature in (1.0, 2.5):
+        with torch.no_grad():
+            network.mix.log_temperature.fill_(math.log(temperature))
+            found.append(
+                rank(network, table, histories, torch.ones(USERS, 8), table.standing(), item_B, None, keep=True)
+            )
+        scores_BI = found[-1].scores_BI
+        assert scores_BI is not None
+        expected_B = torch.nn.functional.cross_entropy(scores_BI / temperature, item_B, reduction="none")
+        torch.testing.assert_close(found[-1].loss_B, expected_B, atol=1e-5, rtol=1e-5)
+    cold, warm = found
+    torch.testing.assert_close(cold.mixed_loss_B, cold.loss_B)
+    assert torch.equal(cold.mixed_loss_B, warm.mixed_loss_B)
+    assert not torch.allclose(warm.mixed_loss_B, warm.loss_B, atol=0.01)
+    assert cold.rank_B.tolist() == warm.rank_B.tolist()
+
+
 def test_a_score_that_is_no_number_gives_no_loss() -> None:
     table, histories, item_B = _world(50, 4)
     row = int(table.column("total").nonzero()[5])
@@ -86,6 +112,7 @@ def test_a_score_that_is_no_number_gives_no_loss() -> None:
         found = way(network, table, histories, torch.ones(USERS, 8), table.standing(), item_B, None, keep=False)
         # Who has the item does not see it.
         shown_B = ~(histories.rows_BL == row).any(1) | (item_B == row)
+        assert torch.isnan(found.mixed_loss_B)[shown_B].all()
         assert torch.isnan(found.loss_B)[shown_B].all()
         assert 0 < int(shown_B.sum()) < USERS
         assert not found.rank_B[(item_B == row).numpy()].any()
@@ -108,7 +135,8 @@ if sys.argv[1:]:
     draw = np.random.default_rng(1)
 users, items = 16, 3000
 found = loops._rank(
-    some(users, items), some(8, items), some(users, 12), np.zeros((users, 5), np.int32), some(3, users, 5),
+    some(users, items), some(8, items), some(users, 12), np.float32(0.8), np.zeros((users, 5), np.int32),
+    some(3, users, 5),
     np.ones(items, np.float32), draw.integers(1, items, users), draw.integers(1, items, 4 * users),
     4 * np.arange(1, users + 1), np.empty((0, 0), np.float32),
 )

@@ -22,7 +22,7 @@ from trainer.examples import Event, Examples, batches
 from trainer.examples import encode as encode_events
 from trainer.full_ranking import ranks
 from trainer.learner import RECENT, SQUARED_GRADIENT, Learner
-from trainer.prequential import StepReport
+from trainer.prequential import HALF_RISEN, ROBUSTNESS, StepReport
 from trainer.quality import MISS, NO_EVENT
 from trainer.trust import ACCOUNTS, TRUST
 
@@ -387,6 +387,21 @@ def test_seen_replaces_the_history(device: torch.device) -> None:
     assert report.rank_B[1] == 1
     # With nothing else open the item is certain.
     assert report.item_loss_B[1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_power_of_the_mixing_loss_rises_with_the_feedback_learned() -> None:
+    events = _Site().any_events(64)
+    learner = _learner(events[:48])
+    _allocate(learner, events[48:])
+    examples = encode_events(events[48:], learner.settings)
+    test, standing = learner.prequential.test, learner.table.standing()
+    losses = []
+    with torch.no_grad():
+        for clock, power in ((0, ROBUSTNESS[0]), (HALF_RISEN, sum(ROBUSTNESS) / 2), (10**15, ROBUSTNESS[1])):
+            learner.table.clock = clock
+            losses.append(float(test(examples, None, standing)[1]))
+            assert losses[-1] == pytest.approx(float(test(examples, None, standing, robustness=power)[1]), rel=1e-6)
+    assert len(set(losses)) == 3
 
 
 def test_testing_in_parts_is_testing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,7 +280,10 @@ def test_gradients_are_finite_and_reach_everything(blocks: int) -> None:
     logits = network.class_logits(states, table[[4, 5, 6]], standing[[4, 5, 6]], context, rates)
     loss = F.cross_entropy(scores, torch.tensor([4, 5, 6])) + F.cross_entropy(logits, torch.tensor([0, 1, 2]))
     torch.autograd.backward(loss)
-    for name, parameter in [*network.named_parameters(), ("table", table)]:
+    # The temperature is no part of the score.
+    assert network.mix.log_temperature.grad is None
+    parameters = {name: p for name, p in network.named_parameters() if name != "mix.log_temperature"}
+    for name, parameter in {**parameters, "table": table}.items():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any(), name

@@ -42,14 +42,16 @@ Integers = NDArray[np.int32]
 class Ranked:
     """Hold what was found of each of B users' items.
 
-    Ranks are 1 for the best, MISS where the user has the item already. The loss is the cross-entropy over all items
-    that are ranked, in nats; where the mixing weights learn, it leads back to them. `scores_BI` are what was ranked,
-    None where nobody asked for them. `led_B2` is what the transition memory leads to the item, and to all items
+    Ranks are 1 for the best, MISS where the user has the item already. Losses are the cross-entropy over all items
+    that are ranked, in nats, of the scores as they are and divided by the temperature; where the mixing weights learn,
+    the one leads back to them, the other to the temperature alone. `scores_BI` are what was ranked, None where nobody
+    asked for them. `led_B2` is what the transition memory leads to the item, and to all items
     together.
     """
 
     rank_B: Rows
     popularity_rank_B: Rows
+    mixed_loss_B: Tensor
     loss_B: Tensor
     scores_BI: Tensor | None
     led_B2: Floats
@@ -109,9 +111,11 @@ def _by_tensors(
         ranks(each_BI.detach(), item_B).masked_fill(repeated_B, MISS).cpu().numpy()
         for each_BI in (scores_BI, popularity_BI)
     )
-    loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
+    mixed_loss_B = F.cross_entropy(scores_BI, item_B, reduction="none")
+    cooled_BI = scores_BI.detach() / network.mix.log_temperature.exp()
+    loss_B = F.cross_entropy(cooled_BI, item_B, reduction="none")
     kept_BI = scores_BI.detach() if keep else None
-    return Ranked(rank_B, popularity_rank_B, loss_B, kept_BI, led_B2.cpu().numpy())
+    return Ranked(rank_B, popularity_rank_B, mixed_loss_B, loss_B, kept_BI, led_B2.cpu().numpy())
 
 
 def ranks(scores_BI: Tensor, item_B: Tensor) -> Tensor:
@@ -147,10 +151,12 @@ def _by_loop(
     hidden = list(histories.rows_BL.numpy()) if seen is None else seen
     products_BI = states_BD @ table.column("vector").T
     scores_BI = np.empty(products_BI.shape if keep else (0, 0), np.float32)
-    rank_B2, loss_B, excess_BP = _rank(
+    log_temperature = network.mix.log_temperature
+    rank_B2, loss_B2, excess_BP, warming_B = _rank(
         products_BI.numpy(),
         standing_IS.T.contiguous().numpy(),
         weights_BP.detach().numpy(),
+        np.float32(math.exp(-log_temperature.item())),
         rows_BN,
         lifts_3BN.numpy(),
         table.column("total").numpy(),
@@ -159,10 +165,12 @@ def _by_loop(
         np.cumsum([len(rows) for rows in hidden], dtype=np.int64),
         scores_BI,
     )
-    # Adds nothing but the way back to the weights.
-    way_back_B = ((weights_BP - weights_BP.detach()) * torch.from_numpy(excess_BP)).sum(1)
+    mixed_loss_B, loss_B = torch.from_numpy(loss_B2).unbind(1)
+    # What is added is nothing but the way back to the weights, and to the temperature.
+    mixed_loss_B = mixed_loss_B + ((weights_BP - weights_BP.detach()) * torch.from_numpy(excess_BP)).sum(1)
+    loss_B = loss_B + (log_temperature - log_temperature.detach()) * torch.from_numpy(warming_B)
     kept_BI = torch.from_numpy(scores_BI) if keep else None
-    return Ranked(rank_B2[:, 0], rank_B2[:, 1], torch.from_numpy(loss_B) + way_back_B, kept_BI, led_B2)
+    return Ranked(rank_B2[:, 0], rank_B2[:, 1], mixed_loss_B, loss_B, kept_BI, led_B2)
 
 
 @compiled
@@ -315,6 +323,32 @@ def _expect(powers_T: Floats, products_T: Floats, standing_SI: Floats, expected_
 
 
 @compiled
+def _cool(
+    scores_T: Floats,
+    own: float,
+    largest: float,
+    sharpness: float,
+    below_T: Floats,
+    powers_T: Floats,
+    halvings_T: Integers,
+    sums_2: NDArray[np.float64],
+) -> None:
+    """Add e to the power of each score of a stretch less the largest, times `sharpness`, and that times how far above.
+
+    How far the score is above the user's item's.
+    """
+    for place in range(len(scores_T)):
+        below_T[place] = sharpness * (scores_T[place] - largest)
+    _powers(below_T, np.float32(0.0), powers_T, halvings_T)
+    total, above = np.float32(0.0), np.float32(0.0)
+    for place in range(len(scores_T)):
+        total += powers_T[place]
+        above += powers_T[place] * (scores_T[place] - own)
+    sums_2[0] += total
+    sums_2[1] += above
+
+
+@compiled
 def _own(
     products_BI: Floats,
     standing_SI: Floats,
@@ -349,6 +383,7 @@ def _rank(
     products_BI: Floats,
     standing_SI: Floats,
     weights_BP: Floats,
+    sharpness: float,
     rows_BN: Integers,
     lifts_3BN: Floats,
     total_I: Floats,
@@ -356,11 +391,12 @@ def _rank(
     hidden_H: Rows,
     ends_B: Rows,
     scores_BI: Floats,
-) -> tuple[Rows, Floats, Floats]:
+) -> tuple[Rows, Floats, Floats, Floats]:
     """Go through all items once, a stretch at a time for all users. Scores are written where there is room for them.
 
-    Return the items' ranks by score and by popularity, the losses, and of each part of the score how much more was
-    expected than came: so the loss changes with the part's weight.
+    Return the items' ranks by score and by popularity; the losses, of scores as they are and times `sharpness`; of each
+    part of the score how much more was expected than came: so the first loss changes with the part's weight; and how
+    the second one changes with the logarithm of the temperature.
     """
     (users, items), rows_X, lifts_3X = products_BI.shape, rows_BN.ravel(), lifts_3BN.reshape(LIFTS, rows_BN.size)
     mark_BZ, next_X = _chains(rows_X, rows_BN.shape[1] * np.arange(1, users + 1), items)
@@ -368,8 +404,10 @@ def _rank(
     ways = rows_X, lifts_3X, mark_BZ, next_X
     own_B, came_BP = _own(products_BI, standing_SI, weights_BP, total_I, item_B, *ways)
     largest_B, sum_B, expected_BP = own_B.copy(), np.zeros(users), np.zeros(weights_BP.shape)
+    cooled_B2 = np.zeros((users, 2))
     ahead_B2, repeated_B = np.zeros((users, 2), np.int64), np.zeros(users, np.bool_)
     scores, powers, halvings = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
+    below = np.empty(STRETCH, np.float32)
     for stretch in range(mark_BZ.shape[1]):
         first, end = stretch * STRETCH, min((stretch + 1) * STRETCH, items)
         total_T, scores_T = total_I[first:end], scores[: end - first]
@@ -389,6 +427,7 @@ def _rank(
                 shrink = np.exp(np.float64(largest_B[user]) - largest)
                 sum_B[user] *= shrink
                 expected_BP[user] *= shrink
+                cooled_B2[user] *= np.exp(sharpness * (np.float64(largest_B[user]) - largest))
                 largest_B[user] = largest
             _powers(scores_T, largest, powers_T, halvings_T)
             sum_B[user] += _expect(powers_T, products_T, standing_SI, expected_BP[user], first)
@@ -396,12 +435,18 @@ def _rank(
                 for look in range(LIFTS):
                     expected_BP[user, look - LIFTS] += powers_T[rows_X[mark] - first] * lifts_3X[look, mark]
                 mark = next_X[mark]
-    rank_B2, loss_B = 1 + ahead_B2, np.empty(users, np.float32)
+            _cool(
+                scores_T, own_B[user], largest, sharpness, below[: end - first], powers_T, halvings_T, cooled_B2[user]
+            )
+    rank_B2, loss_B2, warming_B = 1 + ahead_B2, np.empty((users, 2), np.float32), np.empty(users, np.float32)
     for user in range(users):
         expected_BP[user] = expected_BP[user] / sum_B[user] - came_BP[user]
-        loss_B[user] = np.log(sum_B[user]) + largest_B[user] - own_B[user]
+        ahead = np.float64(largest_B[user]) - own_B[user]
+        loss_B2[user, 0] = np.log(sum_B[user]) + ahead
+        loss_B2[user, 1] = np.log(cooled_B2[user, 0]) + sharpness * ahead
+        warming_B[user] = -sharpness * cooled_B2[user, 1] / cooled_B2[user, 0]
         if repeated_B[user]:
             rank_B2[user] = MISS
         elif not np.isfinite(own_B[user]):
             rank_B2[user, 0] = MISS
-    return rank_B2, loss_B, expected_BP.astype(np.float32)
+    return rank_B2, loss_B2, expected_BP.astype(np.float32), warming_B

@@ -28,10 +28,12 @@ from trainer.quality import MISS, NO_EVENT
 # Scores held at once, so that memory does not grow with the number of items: four bytes each, on a GPU some ten times.
 SCORES_AT_ONCE = 32_000_000
 # The mixing weights learn by generalised cross-entropy (Zhang and Sabuncu 2018), (1 - p^q) / q: choices that nobody
-# could have foreseen, noise and shuffled feedback among them, move them little. The more, the more is found in the end,
-# 0.2, 0.3 and 0.5 1, 2 and 4% beside plain cross-entropy on a real stream, but the less early on, and what is said of
-# single items is surer than it should be: the gate and others who look at that loss see less with more than this.
-ROBUSTNESS = 0.3
+# could have foreseen, noise and shuffled feedback among them, move them little. The higher q, the more is found in the
+# end, but the less early on: it rises from the first to the second, half of the way when so much feedback was learned.
+# The scores are then surer than they should be; the temperature, which learns by plain cross-entropy, sees to it that
+# their loss, which the gate and others look at, is that of an honest probability.
+ROBUSTNESS = 0.2, 0.5
+HALF_RISEN = 20_000
 
 Rows = npt.NDArray[np.int64]
 
@@ -89,7 +91,7 @@ class Prequential:
         seen: list[Rows] | None,
         standing_IS: Tensor,
         trusted_B: npt.NDArray[np.bool_] | None = None,
-        robustness: float = ROBUSTNESS,
+        robustness: float | None = None,
     ) -> tuple[StepReport, Tensor]:
         """Rank every item for each positive example, classify all; return what was found and the mixing loss.
 
@@ -98,6 +100,9 @@ class Prequential:
         `seen` gives per example the rows left out of the ranking; by default those of its history. What is not
         trusted teaches the mixing weights nothing; `robustness` is the power q of that loss.
         """
+        if robustness is None:
+            least, most = ROBUSTNESS
+            robustness = least + (most - least) * self._table.clock / (self._table.clock + HALF_RISEN)
         count, device = len(examples), self._table.device
         self._network.eval()
         histories = examples.histories(device)
@@ -145,7 +150,7 @@ class Prequential:
             report.led_B[part], report.led_anywhere_B[part] = found.led_B2.T
             if log_share_I is not None:
                 report.popular_B[part] = log_share_I[item_B].cpu().numpy()
-            loss_B = (1 - torch.exp(-robustness * found.loss_B)) / robustness
+            loss_B = (1 - torch.exp(-robustness * found.mixed_loss_B)) / robustness + found.loss_B
             if trusted_B is not None:
                 loss_B = loss_B * torch.from_numpy(trusted_B[part]).to(device)
             mean = loss_B.sum() / len(chosen)
