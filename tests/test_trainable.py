@@ -33,7 +33,7 @@ def words(name: str) -> set[str]:
         ("head", lambda name: name.startswith(("rank.", "rates.", "mix.")), False),
         ("adapter", lambda name: name.startswith(BESIDE) or ".adapter." in name or "_norm." in name, True),
         ("prompt", lambda name: name.startswith(BESIDE) or ".prompt." in name, True),
-        ("bias", lambda name: name.endswith("bias"), True),
+        ("bias", lambda name: name.endswith(("bias", "log_temperature")), True),
         (
             "lora",
             lambda name: (

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Scores computed at a time, where a cache is to hold them, and where only memory is.
 SCORES_IN_CACHE, SCORES_IN_MEMORY = 1 << 18, 1 << 27
@@ -86,6 +87,7 @@ class _SampledSoftmax(torch.autograd.Function):
         return total / max(1, examples)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         found = (
             each * gradient if needed else None

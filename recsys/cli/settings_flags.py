@@ -16,8 +16,9 @@ import typer
 from recsys.settings import CLASS_PRESETS, ENVIRONMENT_PREFIX, FeedbackClass, Settings, load
 from recsys.store.running import running_url
 
-# What the settings say of how to reach another store does not hold for the embedded one, on loopback.
-PLAIN_STORE = dict.fromkeys(("redis_password_file", "redis_tls_ca", "redis_tls_certificate", "redis_tls_key"), "")
+# What says which store, and how it is reached.
+SECURED = ("redis_password_file", "redis_tls_ca", "redis_tls_certificate", "redis_tls_key")
+STORE = {"redis_url", *SECURED}
 PANEL = f"Settings: flag, {ENVIRONMENT_PREFIX}NAME in the environment, or name in the TOML file"
 
 ConfigFile = Annotated[
@@ -77,9 +78,9 @@ def _effective(ctx: typer.Context, texts: Mapping[str, Any], file: Path | None) 
     origin = dict.fromkeys(in_file, "file")
     origin |= {name: "environment" for name, source in sources.items() if source == "ENVIRONMENT"}
     origin |= dict.fromkeys(flags, "flag")
-    if "redis_url" not in origin and (url := running_url(settings.data_dir)):
-        # `up` or `demo` has a store of its own there: whoever names no other means that one.
-        settings = settings.model_copy(update={"redis_url": url, **PLAIN_STORE})
+    # `up` has a store of its own there: whoever says nothing of another means that one.
+    if origin.keys().isdisjoint(STORE) and (url := running_url(settings.data_dir)):
+        settings = settings.model_copy(update={"redis_url": url})
         origin["redis_url"] = "running store"
     return Given(settings, origin)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO, Any
 
-from recsys.cli.settings_flags import PLAIN_STORE
+from recsys.cli.settings_flags import SECURED
 from recsys.errors import RecsysError
 from recsys.settings import ENVIRONMENT_PREFIX, Settings
 
@@ -32,6 +32,8 @@ KEEP_PAGES = {
 # Beyond drain_seconds: a stopping part may have a version to commit, or an append-only file to write.
 STOP_SECONDS = 60.0
 PR_SET_PDEATHSIG = 1
+# What the settings say of how to reach another store does not hold for the embedded one, on loopback.
+PLAIN_STORE = dict.fromkeys(SECURED, "")
 
 
 class PartStopped(RecsysError):

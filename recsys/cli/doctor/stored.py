@@ -43,7 +43,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     except RecsysError as error:
         advice = (
             "start it, or correct redis_url and its password or TLS files; the embedded store of a running `recsys up` "
-            "is found by its data_dir"
+            "is found by its data_dir, on Linux and by the same user, else by the address that it tells when it starts"
         )
         yield Finding("store", "problem", str(error), advice)
 
