@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -49,6 +51,21 @@ from trainer.daemon import Daemon
 from trainer.rebuild import Rebuild
 
 SECONDS = 30
+
+
+def test_to_be_told_to_stop_waits_for_nothing() -> None:
+    # The signal comes while the main thread holds the event's lock, as it does on its way into a wait and out of it.
+    program = (
+        "import signal, threading\n"
+        "from trainer.daemon import stop_when_told\n"
+        "stopping = threading.Event()\n"
+        "stop_when_told(stopping)\n"
+        "with stopping._cond:\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "print(stopping.wait(30))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "True\n"
 
 
 def entries(settings: Settings) -> list[LogEntry]:

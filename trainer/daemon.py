@@ -6,6 +6,7 @@ What is learned is a pure function of the log (see log_learner). The trainer's i
 from __future__ import annotations
 
 import logging
+import queue
 import signal
 import threading
 import time
@@ -325,8 +326,7 @@ def run(settings: Settings) -> None:
         reason = error.strerror
         raise AddressInUse(f"cannot serve metrics on {address} (host, trainer_metrics_port): {reason}") from error
     daemon = Daemon(settings, metrics, device)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.stopping.set())
+    stop_when_told(daemon.stopping)
     try:
         record = _started(daemon)
         if record is not None:
@@ -343,6 +343,23 @@ def run(settings: Settings) -> None:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def stop_when_told(stopping: threading.Event) -> None:
+    """Set an event at SIGTERM or SIGINT, in a thread of its own; to be called from the main one.
+
+    A signal comes between any two steps of the main thread, which may hold the event's lock then, on its way into a wait
+    or out of it: to set it there would wait for ever. What is put into this queue waits for nobody.
+    """
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def wait() -> None:
+        told.get()
+        stopping.set()
+
+    threading.Thread(target=wait, name="recsys-signals", daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: told.put(number))
 
 
 def warm_up(settings: Settings, device: torch.device) -> None:
