@@ -348,8 +348,8 @@ def run(settings: Settings) -> None:
 def stop_when_told(stopping: threading.Event) -> None:
     """Set an event at SIGTERM or SIGINT, in a thread of its own; to be called from the main one.
 
-    A signal comes between any two steps of the main thread, which may hold the event's lock then, on its way into a wait
-    or out of it: to set it there would wait for ever. What is put into this queue waits for nobody.
+    A signal comes between any two steps of the main thread, which may hold the event's lock then, on its way into a
+    wait or out of it: to set it there would wait for ever. What is put into this queue waits for nobody.
     """
     told: queue.SimpleQueue[int] = queue.SimpleQueue()
 
