@@ -66,7 +66,7 @@ class Clock:
         for name, part in parts.items():
             setattr(learner, name, self.timed(part, getattr(learner, name)))
         learner.prequential.test = self.timed("test", learner.prequential.test)  # type: ignore[method-assign]
-        learner.table.standing = self.timed("standing", learner.table.standing)  # type: ignore[method-assign]
+        learner._look = self.timed("standing", learner._look)  # type: ignore[method-assign]
         full_ranking.rank = self.timed("ranking", full_ranking.rank)
         # That of the mixing weights' loss included, which is within the test.
         backward = learner_module.torch.autograd.backward
@@ -102,7 +102,7 @@ def main() -> None:
             untimed = feedback
     feedback -= untimed
     each = {name: round(1000 * spent / feedback * arguments.batch, 2) for name, spent in clock.seconds.items()}
-    all_items = {name: each[name] for name in ALL_ITEMS}
+    all_items = {name: each.get(name, 0.0) for name in ALL_ITEMS}
     print(
         json.dumps(
             {

@@ -44,10 +44,14 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Hold the standing of all rows (I, S), and the mean over items, which row 0 is none of."""
+    """Hold the standing of all rows (I, S), and the mean over items, which row 0 is none of.
+
+    `largest_T` is what each trend's is less by, the logarithm of the largest decayed count and the floor.
+    """
 
     rows_IS: Floats
     mean_S: Floats
+    largest_T: Floats
 
     @classmethod
     def of(
@@ -58,10 +62,11 @@ class Standing:
         changed: Changed | None = None,
         *,
         known: int | None = None,
+        largest_T: Floats | None = None,
     ) -> Standing:
         """Compute it at a clock from the columns of a table, of which the first `known` rows count (default: all).
 
-        `changed` rows count in place of those of the table.
+        `changed` rows count in place of those of the table. `largest_T` is given where these are some rows of many.
         """
         found_IS = np.ones((rows, STANDINGS), np.float32)
         places = np.arange(rows if known is None else known)
@@ -70,7 +75,9 @@ class Standing:
             _fill(*(changed.columns[name] for name in COLUMNS), changed.rows, clock, LOG_DECAYS, found_IS)
         # torch's logarithm does eight at a time.
         torch.from_numpy(found_IS).log_()
-        return cls(found_IS, _settle(found_IS, AGE_SCALE * math.log1p(clock)))
+        if largest_T is None:
+            largest_T = _largest(found_IS)
+        return cls(found_IS, _settle(found_IS, largest_T, AGE_SCALE * math.log1p(clock)), largest_T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +129,22 @@ def _fill(
 
 
 @compiled
-def _settle(found_IS: Floats, oldest: float) -> Floats:
+def _largest(found_IS: Floats) -> Floats:
+    """Return the largest logarithm of each trend."""
+    largest_T = np.full(2 * SPEEDS, np.float32(-np.inf))
+    for row in range(len(found_IS)):
+        for column in range(2 * SPEEDS):
+            largest_T[column] = max(largest_T[column], found_IS[row, column])
+    return largest_T
+
+
+@compiled
+def _settle(found_IS: Floats, largest_T: Floats, oldest: float) -> Floats:
     """Bring logarithms to their scales, less the largest of each trend; return the mean over items."""
     rows, width = found_IS.shape
-    scale_S = np.ones(width, np.float32)
+    scale_S, shift_S, total_S = np.ones(width, np.float32), np.zeros(width, np.float32), np.zeros(width)
     scale_S[2 * SPEEDS], scale_S[2 * SPEEDS + 1] = TOTAL_SCALE, AGE_SCALE
-    shift_S, total_S = np.full(width, np.float32(-np.inf)), np.zeros(width)
-    for row in range(rows):
-        for column in range(2 * SPEEDS):
-            shift_S[column] = max(shift_S[column], found_IS[row, column])
-    shift_S[2 * SPEEDS], shift_S[2 * SPEEDS + 1] = 0.0, oldest
+    shift_S[: 2 * SPEEDS], shift_S[2 * SPEEDS + 1] = largest_T, oldest
     for row in range(rows):
         for column in range(width):
             found_IS[row, column] = found_IS[row, column] * scale_S[column] - shift_S[column]

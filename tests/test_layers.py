@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("trainer.quality", "trainer.baselines", "trainer.impressions", "trainer.trust", "trainer.crowd"),
         *("trainer.examples", "trainer.hindsight"),
         "trainer.admission",
-        *("trainer.full_ranking", "trainer.prequential", "trainer.drift"),
+        *("trainer.sample", "trainer.full_ranking", "trainer.prequential", "trainer.drift"),
         *("trainer.contents", "trainer.row_adagrad", "trainer.sampled_softmax"),
         "trainer.strategies",
         *("trainer.learner", "trainer.arrivals", "trainer.mixing", "trainer.gate", "trainer.metrics"),

@@ -1,8 +1,8 @@
 """Full ranking: score every item for some users; say which rank an item of each has, and how well the mix foresaw it.
 
 Written twice: in tensors, for every device, and for the CPU as one loop over the items, which gives the same numbers in
-one pass over B x I. Shapes as in recsys.network; K latest history entries, M successors of each, N = K x M, Z stretches
-of T items.
+one pass over B x I. Of a sample (see trainer.sample) the loop estimates them. Shapes as in recsys.network; K latest
+history entries, M successors of each, N = K x M, Z stretches of T items, U rows looked at.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from recsys.encoding import to_tensor
 from recsys.item_table import CHOSEN_PRIOR, PADDING_ROW, TRANSITION_REACH, ItemTable, nearness
 from recsys.network import LIFTS, TRANSITION_FLOOR, Histories, RecommendationNetwork
 from trainer.quality import MISS, Rows
+from trainer.sample import Sample, Standings
 
 # In place of the score of an item that must not be ranked.
 MASKED = -1e9
@@ -34,6 +35,8 @@ EXPONENT_PLACE, EXPONENT_BIAS = 23, 127
 # Of the series of e to the power of x: x^6 first.
 SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
 PRIOR = np.float32(CHOSEN_PRIOR)
+# 2^32 over the golden ratio: the upper bits of the product tell rows apart (Knuth, volume 3, 6.4).
+HASH_FACTOR = 2_654_435_769
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 
@@ -62,7 +65,7 @@ def rank(
     table: ItemTable,
     histories: Histories,
     states_BD: Tensor,
-    standing_IS: Tensor,
+    standing: Standings,
     item_B: Tensor,
     seen: list[Rows] | None,
     *,
@@ -71,10 +74,12 @@ def rank(
     """Rank an item for each user among all that were chosen before, but those that the user has.
 
     `seen` has each user's rows, by default those of the history; an item chosen again is looked for all the same.
-    `keep` asks for all scores.
+    `keep` asks for all scores, which a sample has not.
     """
+    if isinstance(standing, Sample):
+        return _by_sample(network, table, histories, states_BD, standing, item_B, seen)
     way = _by_loop if table.device.type == "cpu" else _by_tensors
-    return way(network, table, histories, states_BD, standing_IS, item_B, seen, keep=keep)
+    return way(network, table, histories, states_BD, standing, item_B, seen, keep=keep)
 
 
 def _by_tensors(
@@ -141,35 +146,95 @@ def _by_loop(
     *,
     keep: bool,
 ) -> Ranked:
-    weights_BP = network.mixing_weights(histories)
+    memory = _remembered(table, histories, item_B)
+    scores_BI = np.empty((len(item_B), table.rows) if keep else (0, 0), np.float32)
+    looked_at = table.column("vector"), standing_IS, table.column("total"), np.ones(table.rows, np.float32)
+    hidden = _hidden(histories, seen)
+    return _ranked(network, histories, states_BD, looked_at, memory, item_B.numpy(), hidden, scores_BI)
+
+
+def _by_sample(
+    network: RecommendationNetwork,
+    table: ItemTable,
+    histories: Histories,
+    states_BD: Tensor,
+    sample: Sample,
+    item_B: Tensor,
+    seen: list[Rows] | None,
+) -> Ranked:
+    rows_BN, lifts_3BN, led_B2 = _remembered(table, histories, item_B)
+    # What histories lead to, for any of the users, is looked at for all.
+    rows_U, weight_U = sample.among(np.concatenate([rows_BN[rows_BN != PADDING_ROW], item_B.numpy()]))
+    index_U = torch.from_numpy(rows_U)
+    looked_at = table.columns["vector"][index_U], sample[index_U], table.columns["total"][index_U], weight_U
+    # What is hidden and not looked at needs no hiding: it becomes the padding row, which is first.
+    rows_H, ends_B = _hidden(histories, seen)
+    memory = _places(rows_U, rows_BN).astype(np.int32), lifts_3BN, led_B2
+    place_B = np.searchsorted(rows_U, item_B.numpy())
+    none_BU = np.empty((0, 0), np.float32)
+    return _ranked(
+        network, histories, states_BD, looked_at, memory, place_B, (_places(rows_U, rows_H), ends_B), none_BU
+    )
+
+
+def _hidden(histories: Histories, seen: list[Rows] | None) -> tuple[Rows, Rows]:
+    """Return the rows hidden from each user, one's after the other's, and where each one's end."""
+    hidden = list(histories.rows_BL.numpy()) if seen is None else seen
+    return np.concatenate(hidden).astype(np.int64, copy=False), np.cumsum(
+        [len(rows) for rows in hidden], dtype=np.int64
+    )
+
+
+def _places(rows_U: Rows, rows: NDArray[np.integer]) -> Rows:
+    """Return where rows stand among some, ascending and beginning with the padding row; 0 where they do not."""
+    places = np.minimum(np.searchsorted(rows_U, rows), len(rows_U) - 1)
+    return np.where(rows_U[places] == rows, places, PADDING_ROW)
+
+
+def _remembered(table: ItemTable, histories: Histories, item_B: Tensor) -> tuple[Integers, Floats, Floats]:
+    """Return the rows that follow each user's latest items, their lifts, and `led_B2`."""
     latest_BK = histories.latest_first(TRANSITION_REACH)
     memory = (table.column(name).numpy() for name in ("successor", "successor_weight", "total"))
     scale_2K = nearness(latest_BK.shape[1])
     rows_BN, sums_3BN, led_B2 = _followed(*memory, latest_BK.contiguous().numpy(), item_B.numpy(), scale_2K)
     # torch's logarithm does eight at a time.
     lifts_3BN = torch.from_numpy(sums_3BN).div_(TRANSITION_FLOOR).log1p_()
-    hidden = list(histories.rows_BL.numpy()) if seen is None else seen
-    products_BI = states_BD @ table.column("vector").T
-    scores_BI = np.empty(products_BI.shape if keep else (0, 0), np.float32)
+    return rows_BN, lifts_3BN.numpy(), led_B2
+
+
+def _ranked(
+    network: RecommendationNetwork,
+    histories: Histories,
+    states_BD: Tensor,
+    looked_at: tuple[Tensor, Tensor, Tensor, Floats],
+    memory: tuple[Integers, Floats, Floats],
+    item_B: Rows,
+    hidden: tuple[Rows, Rows],
+    scores_BI: Floats,
+) -> Ranked:
+    """Rank among the rows looked at, of which vectors, standings, totals and weights are given."""
+    weights_BP = network.mixing_weights(histories)
+    vectors_ID, standing_IS, total_I, weight_I = looked_at
+    rows_BN, lifts_3BN, led_B2 = memory
     log_temperature = network.mix.log_temperature
     rank_B2, loss_B2, excess_BP, warming_B = _rank(
-        products_BI.numpy(),
+        (states_BD @ vectors_ID.T).numpy(),
         standing_IS.T.contiguous().numpy(),
         weights_BP.detach().numpy(),
         np.float32(math.exp(-log_temperature.item())),
         rows_BN,
-        lifts_3BN.numpy(),
-        table.column("total").numpy(),
-        item_B.numpy(),
-        np.concatenate(hidden).astype(np.int64, copy=False),
-        np.cumsum([len(rows) for rows in hidden], dtype=np.int64),
+        lifts_3BN,
+        total_I.numpy(),
+        weight_I,
+        item_B,
+        *hidden,
         scores_BI,
     )
     mixed_loss_B, loss_B = torch.from_numpy(loss_B2).unbind(1)
     # What is added is nothing but the way back to the weights, and to the temperature.
     mixed_loss_B = mixed_loss_B + ((weights_BP - weights_BP.detach()) * torch.from_numpy(excess_BP)).sum(1)
     loss_B = loss_B + (log_temperature - log_temperature.detach()) * torch.from_numpy(warming_B)
-    kept_BI = torch.from_numpy(scores_BI) if keep else None
+    kept_BI = torch.from_numpy(scores_BI) if scores_BI.size else None
     return Ranked(rank_B2[:, 0], rank_B2[:, 1], mixed_loss_B, loss_B, kept_BI, led_B2)
 
 
@@ -185,7 +250,12 @@ def _followed(
     room = reach * successor_IM.shape[1]
     rows_BN, sums_3BN = np.zeros((users, room + 1), np.int32), np.zeros((LIFTS, users, room + 1), np.float32)
     led_B2 = np.zeros((users, 2), np.float32)
-    place_I = np.full(len(successor_IM), -1, np.int32)
+    # Of what was found the place, by row: open addressing, at most half full, so that it stays in the nearest cache.
+    bits = 1
+    while 1 << bits < 2 * room:
+        bits += 1
+    mask, shift = (1 << bits) - 1, 32 - bits
+    row_H, place_H = np.zeros(1 << bits, np.int32), np.zeros(1 << bits, np.int32)
     for user in range(users):
         found = 0
         for distance in range(reach):
@@ -194,19 +264,30 @@ def _followed(
                 for slot in range(successor_IM.shape[1]):
                     row = successor_IM[item, slot]
                     if row != PADDING_ROW:
-                        if place_I[row] < 0:
-                            place_I[row], rows_BN[user, found] = found, row
+                        at = _slot(row_H, row, mask, shift)
+                        if not row_H[at]:
+                            row_H[at], place_H[at], rows_BN[user, found] = row, found, row
                             found += 1
                         for look in range(2):
-                            sums_3BN[look, user, place_I[row]] += scale_2K[look, distance] * weight_IM[item, slot]
-        if place_I[item_B[user]] >= 0:
-            led_B2[user, 0] = sums_3BN[0, user, place_I[item_B[user]]]
+                            sums_3BN[look, user, place_H[at]] += scale_2K[look, distance] * weight_IM[item, slot]
+        at = _slot(row_H, item_B[user], mask, shift)
+        if row_H[at]:
+            led_B2[user, 0] = sums_3BN[0, user, place_H[at]]
         for place in range(found):
             row, total = rows_BN[user, place], sums_3BN[0, user, place]
             sums_3BN[2, user, place] = total * (PRIOR / (total_I[row] + PRIOR))
             led_B2[user, 1] += total
-            place_I[row] = -1
+        row_H[:] = 0
     return rows_BN, sums_3BN, led_B2
+
+
+@compiled
+def _slot(row_H: Integers, row: int, mask: int, shift: int) -> int:
+    """Return the slot of a row, or an empty one where it is none."""
+    at = ((row * HASH_FACTOR) & 0xFFFFFFFF) >> shift
+    while row_H[at] and row_H[at] != row:
+        at = (at + 1) & mask
+    return at
 
 
 @compiled
@@ -272,17 +353,23 @@ def _hide(scores_T: Floats, hidden_H: Rows, next_H: Integers, place: int, first:
 
 @compiled
 def _count_ahead(
-    ahead_2: Rows, scores_T: Floats, total_T: Floats, own: float, own_total: float, place_of_own: int
+    ahead_2: NDArray[np.float64],
+    scores_T: Floats,
+    total_T: Floats,
+    weight_T: Floats,
+    own: float,
+    own_total: float,
+    place_of_own: int,
 ) -> None:
     """Count those of a stretch who are ahead by score and by popularity; of those that tie, the older are."""
     older = min(max(place_of_own, 0), len(total_T))
-    ahead, popular = 0, 0
+    ahead, popular, none = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for place in range(len(total_T)):
-        ahead += scores_T[place] > own
-        popular += (total_T[place] > own_total) & (scores_T[place] != np.float32(MASKED))
+        ahead += weight_T[place] if scores_T[place] > own else none
+        popular += weight_T[place] if (total_T[place] > own_total) & (scores_T[place] != np.float32(MASKED)) else none
     for place in range(older):
-        ahead += scores_T[place] == own
-        popular += (total_T[place] == own_total) & (scores_T[place] != np.float32(MASKED))
+        ahead += weight_T[place] if scores_T[place] == own else none
+        popular += weight_T[place] if (total_T[place] == own_total) & (scores_T[place] != np.float32(MASKED)) else none
     ahead_2[0] += ahead
     ahead_2[1] += popular
 
@@ -307,6 +394,12 @@ def _powers(scores_T: Floats, largest: float, powers_T: Floats, halvings_T: Inte
 
 
 @compiled
+def _weigh(powers_T: Floats, weight_T: Floats) -> None:
+    for place in range(len(powers_T)):
+        powers_T[place] *= weight_T[place]
+
+
+@compiled
 def _expect(powers_T: Floats, products_T: Floats, standing_SI: Floats, expected_P: Floats, first: int) -> float:
     """Add a stretch of items, each times its power, to what is expected of parts but the lifts; return their sum."""
     total, product = np.float32(0.0), np.float32(0.0)
@@ -328,6 +421,7 @@ def _cool(
     own: float,
     largest: float,
     sharpness: float,
+    weight_T: Floats,
     below_T: Floats,
     powers_T: Floats,
     halvings_T: Integers,
@@ -340,6 +434,7 @@ def _cool(
     for place in range(len(scores_T)):
         below_T[place] = sharpness * (scores_T[place] - largest)
     _powers(below_T, np.float32(0.0), powers_T, halvings_T)
+    _weigh(powers_T, weight_T)
     total, above = np.float32(0.0), np.float32(0.0)
     for place in range(len(scores_T)):
         total += powers_T[place]
@@ -387,12 +482,15 @@ def _rank(
     rows_BN: Integers,
     lifts_3BN: Floats,
     total_I: Floats,
+    weight_I: Floats,
     item_B: Rows,
     hidden_H: Rows,
     ends_B: Rows,
     scores_BI: Floats,
 ) -> tuple[Rows, Floats, Floats, Floats]:
     """Go through all items once, a stretch at a time for all users. Scores are written where there is room for them.
+
+    An item counts as `weight_I` of its kind.
 
     Return the items' ranks by score and by popularity; the losses, of scores as they are and times `sharpness`; of each
     part of the score how much more was expected than came: so the first loss changes with the part's weight; and how
@@ -405,12 +503,12 @@ def _rank(
     own_B, came_BP = _own(products_BI, standing_SI, weights_BP, total_I, item_B, *ways)
     largest_B, sum_B, expected_BP = own_B.copy(), np.zeros(users), np.zeros(weights_BP.shape)
     cooled_B2 = np.zeros((users, 2))
-    ahead_B2, repeated_B = np.zeros((users, 2), np.int64), np.zeros(users, np.bool_)
+    ahead_B2, repeated_B = np.zeros((users, 2)), np.zeros(users, np.bool_)
     scores, powers, halvings = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
     below = np.empty(STRETCH, np.float32)
     for stretch in range(mark_BZ.shape[1]):
         first, end = stretch * STRETCH, min((stretch + 1) * STRETCH, items)
-        total_T, scores_T = total_I[first:end], scores[: end - first]
+        total_T, weight_T, scores_T = total_I[first:end], weight_I[first:end], scores[: end - first]
         powers_T, halvings_T = powers[: end - first], halvings[: end - first]
         for user in range(users):
             item, products_T, mark = item_B[user], products_BI[user, first:end], mark_BZ[user, stretch]
@@ -419,7 +517,7 @@ def _rank(
             repeated_B[user] |= _hide(scores_T, hidden_H, next_H, hidden_BZ[user, stretch], first, item)
             if len(scores_BI):
                 scores_BI[user, first:end] = scores_T
-            _count_ahead(ahead_B2[user], scores_T, total_T, own_B[user], total_I[item], item - first)
+            _count_ahead(ahead_B2[user], scores_T, total_T, weight_T, own_B[user], total_I[item], item - first)
             largest = largest_B[user]
             for place in range(len(scores_T)):
                 largest = scores_T[place] if scores_T[place] > largest else largest
@@ -430,15 +528,16 @@ def _rank(
                 cooled_B2[user] *= np.exp(sharpness * (np.float64(largest_B[user]) - largest))
                 largest_B[user] = largest
             _powers(scores_T, largest, powers_T, halvings_T)
+            _weigh(powers_T, weight_T)
             sum_B[user] += _expect(powers_T, products_T, standing_SI, expected_BP[user], first)
             while mark >= 0:
                 for look in range(LIFTS):
                     expected_BP[user, look - LIFTS] += powers_T[rows_X[mark] - first] * lifts_3X[look, mark]
                 mark = next_X[mark]
-            _cool(
-                scores_T, own_B[user], largest, sharpness, below[: end - first], powers_T, halvings_T, cooled_B2[user]
-            )
-    rank_B2, loss_B2, warming_B = 1 + ahead_B2, np.empty((users, 2), np.float32), np.empty(users, np.float32)
+            ways_out = below[: end - first], powers_T, halvings_T, cooled_B2[user]
+            _cool(scores_T, own_B[user], largest, sharpness, weight_T, *ways_out)
+    rank_B2 = (1.5 + ahead_B2).astype(np.int64)
+    loss_B2, warming_B = np.empty((users, 2), np.float32), np.empty(users, np.float32)
     for user in range(users):
         expected_BP[user] = expected_BP[user] / sum_B[user] - came_BP[user]
         ahead = np.float64(largest_B[user]) - own_B[user]

@@ -102,13 +102,16 @@ class Gate:
             return
         self._allocate()
         picked = np.linspace(0, len(examples) - 1, min(len(examples), self._settings.gate_events)).astype(np.int64)
-        served, _ = self._test(self._prequential, examples.take(picked), self._served)
+        served = self._test(self._prequential, examples.take(picked), self._served)
         self.ranking.add(report.item_loss_B[picked], served.item_loss_B)
         self.classes.add(report.class_loss_B[picked], served.class_loss_B)
 
     @torch.no_grad()
-    def _test(self, prequential: Prequential, examples: Examples, replica: Replica) -> tuple[StepReport, Tensor]:
-        return prequential.test(examples, None, replica.table.standing())
+    def _test(self, prequential: Prequential, examples: Examples, replica: Replica) -> StepReport:
+        # Where the learner looked at a sample, of the same rows: by chance neither version is ahead.
+        sample = self._learner.sample
+        report, _ = prequential.test(examples, None, sample.of(replica.table) if sample else replica.table.standing())
+        return report
 
     def objection(self) -> str | None:
         """Return why the version must not be published, or None."""
@@ -139,8 +142,8 @@ class Gate:
         # A version of one batch was observed by neither: its new items may be drawn already.
         self._allocate()
         own = Prequential(settings, self._learner.network, self._learner.table)
-        candidate, _ = self._test(own, examples, self._learner.replica)
-        served, _ = self._test(self._prequential, examples, self._served)
+        candidate = self._test(own, examples, self._learner.replica)
+        served = self._test(self._prequential, examples, self._served)
         comparison = Comparison()
         comparison.add(candidate.item_loss_B, served.item_loss_B)
         return comparison

@@ -39,6 +39,7 @@ from trainer.examples import Examples, Followed, ReplayWindow, join, learnable
 from trainer.hindsight import Hindsight
 from trainer.prequential import Prequential, StepReport
 from trainer.quality import MISS
+from trainer.sample import LATELY, MANY_ROWS, Sample, Standings
 from trainer.sampled_softmax import LeftOut, sampled_softmax
 from trainer.strategies import Strategies
 from trainer.trust import ACCOUNTS, TRUST, Trust, told
@@ -102,6 +103,8 @@ class Learner:
         self.drift = Drift(settings)
         self.trust = Trust(settings.trust)
         self.crowd = Crowd(settings.trust)
+        # What the last step but a replay looked at in place of all rows, where they are many.
+        self.sample: Sample | None = None
         self.prequential = Prequential(settings, self.network, self.table)
         self._provisional = settings.provisional_class
         self._positive = np.array([c.positive for c in settings.classes])
@@ -122,15 +125,15 @@ class Learner:
         self._warm(examples)
         self.strategies.clear()
         self.strategies.boost = self.settings.drift_boost if self.drift.responding else 1.0
-        standing_IS = None if again else self.table.standing()
-        if standing_IS is None:
+        standing = None if again else self._look()
+        if standing is None:
             report, mix_loss = StepReport.untested(len(examples)), torch.zeros((), device=self.device)
         else:
-            report, mix_loss = self.prequential.test(examples, seen, standing_IS, self._trusted(examples))
+            report, mix_loss = self.prequential.test(examples, seen, standing, self._trusted(examples))
         followed = None if again else self.window.followed(examples)
         batch = examples if followed is None else join([examples, followed.impressions])
         with self.strategies.learning(self.steps):
-            losses = self._loss(batch, report, followed, standing_IS, random, seen if again else None)
+            losses = self._loss(batch, report, followed, standing, random, seen if again else None)
             loss = losses.total
             # Learned again where classes alone learn, there is nothing to learn.
             if loss.requires_grad:
@@ -164,6 +167,16 @@ class Learner:
         if not again and self.table.clock // self.settings.replay_every > clock // self.settings.replay_every:
             self._replay(random)
         return report
+
+    def _look(self) -> Standings:
+        """Return what is known of all rows, or of a sample of them where they are many."""
+        self.sample = None
+        if self.device.type != "cpu" or self.table.rows <= MANY_ROWS:
+            return self.table.standing()
+        random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 3, 0]))
+        class_B, item_B = self.window.columns(LATELY, "class_B", "item_B")
+        self.sample = Sample.draw(self.table, item_B[self._positive[class_B]], random)
+        return self.sample
 
     def fade(self, by: float) -> None:
         """Let all that followed items count less, and anew what followed them in the newest choices.
@@ -397,7 +410,7 @@ class Learner:
         examples: Examples,
         report: StepReport,
         followed: Followed | None,
-        standing_IS: Tensor | None,
+        standing: Standings | None,
         random: np.random.Generator,
         seen: Sequence[np.ndarray] | None,
     ) -> _Losses:
@@ -408,7 +421,7 @@ class Learner:
         self.network.train()
         histories = examples.histories(self.device)
         item_X = to_tensor(examples.item_B, self.device)
-        drawn_N = self._negatives(random, again=len(examples) if standing_IS is None else 0)
+        drawn_N = self._negatives(random, again=len(examples) if standing is None else 0)
         negative_N = to_tensor(drawn_N, self.device)
         every = torch.cat([histories.rows_BL.reshape(-1), item_X, negative_N])
         rows_U, inverse = torch.unique(every, return_inverse=True)
@@ -429,9 +442,9 @@ class Learner:
             self._own_among(drawn_N, examples.item_B[chosen], seen and [seen[i] for i in chosen.tolist()]),
         )
         class_loss = torch.zeros((), device=self.device)
-        if standing_IS is not None:
+        if standing is not None:
             states = states_XD.detach(), items_XD.detach()
-            class_loss = self._class_loss(examples, report, followed, histories, states, standing_IS)
+            class_loss = self._class_loss(examples, report, followed, histories, states, standing)
         extra = self.strategies.distillation(histories, vectors_UD, index_BL, states_XD, negatives_ND)
         return _Losses(rows_U, vectors_UD, item_loss, class_loss, extra)
 
@@ -442,7 +455,7 @@ class Learner:
         followed: Followed | None,
         histories: Histories,
         states: tuple[Tensor, Tensor],
-        standing_IS: Tensor,
+        standing: Standings,
     ) -> Tensor:
         """Compute the loss over the classes of the new examples, the first; `states` are those of users and items.
 
@@ -451,7 +464,7 @@ class Learner:
         new = len(report.rank_B)
         rows_E, followed_E, taken_EC, rates_ER = np.arange(new), None, None, report.rates_BR
         item_E, class_E = (to_tensor(array[:new], self.device) for array in (examples.item_B, examples.class_B))
-        counts_EC, standing_ES = self.table.columns["classes"][item_E], standing_IS[item_E]
+        counts_EC, standing_ES = self.table.columns["classes"][item_E], standing[item_E]
         if followed is not None and self._provisional is not None:
             place_M = to_tensor(followed.place_M, self.device)
             rows_E[followed.place_M] = np.arange(len(examples) - len(place_M), len(examples))

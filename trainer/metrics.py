@@ -108,7 +108,8 @@ class TrainerMetrics:
         self._prequential = {
             key: Gauge(
                 f"recsys_prequential_{name}_ratio",
-                f"{title} on feedback not learned from yet, all items ranked; NaN until measured.",
+                f"{title} on feedback not learned from yet, all items ranked, of more than 16,384 a sample; NaN until "
+                "measured.",
                 ["window", "k", "method"],
                 registry=registry,
             )

@@ -24,8 +24,10 @@ from trainer import full_ranking
 from trainer.examples import Examples
 from trainer.full_ranking import Ranked
 from trainer.quality import MISS, NO_EVENT
+from trainer.sample import TOGETHER, Sample, Standings
 
-# Scores held at once, so that memory does not grow with the number of items: four bytes each, on a GPU some ten times.
+# Scores of all items held at once, so that memory does not grow with their number: four bytes each, on a GPU some ten
+# times.
 SCORES_AT_ONCE = 32_000_000
 # The mixing weights learn by generalised cross-entropy (Zhang and Sabuncu 2018), (1 - p^q) / q: choices that nobody
 # could have foreseen, noise and shuffled feedback among them, move them little. The higher q, the more is found in the
@@ -89,7 +91,7 @@ class Prequential:
         self,
         examples: Examples,
         seen: list[Rows] | None,
-        standing_IS: Tensor,
+        standing: Standings,
         trusted_B: npt.NDArray[np.bool_] | None = None,
         robustness: float | None = None,
     ) -> tuple[StepReport, Tensor]:
@@ -98,7 +100,8 @@ class Prequential:
         Where gradients are on, that loss's gradient is added to the mixing weights' right away, part by part, so that
         memory does not grow with the number of items.
         `seen` gives per example the rows left out of the ranking; by default those of its history. What is not
-        trusted teaches the mixing weights nothing; `robustness` is the power q of that loss.
+        trusted teaches the mixing weights nothing; `robustness` is the power q of that loss. Where `standing` is a
+        sample, ranks and losses are estimates; who watches sees all items, and has the ranks among all.
         """
         if robustness is None:
             least, most = ROBUSTNESS
@@ -109,7 +112,7 @@ class Prequential:
         vectors = self._table.columns["vector"]
         with torch.no_grad():
             states_BD = self._network.states(vectors, histories.rows_BL, histories)
-        class_loss_B, class_probability_BC, rates_BR = self._classify(examples, states_BD, standing_IS, histories)
+        class_loss_B, class_probability_BC, rates_BR = self._classify(examples, states_BD, standing, histories)
         report = StepReport(
             rank_B=np.full(count, NO_EVENT),
             popularity_rank_B=np.full(count, NO_EVENT),
@@ -124,32 +127,32 @@ class Prequential:
         positive = self._positive[examples.class_B]
         report.rank_B[positive] = report.popularity_rank_B[positive] = MISS
         chosen = np.flatnonzero(positive & self._known(examples.item_B))
-        log_share_I = standing_IS[:, SLOWEST_TREND].log_softmax(0) if self._asks_popularity else None
+        log_share = self._log_shares(standing) if self._asks_popularity else None
         loss = torch.zeros((), device=device)
-        at_once = max(1, SCORES_AT_ONCE // self._table.rows)
+        sampled = isinstance(standing, Sample)
+        at_once = TOGETHER if sampled and self.watch is None else max(1, SCORES_AT_ONCE // self._table.rows)
         for start in range(0, len(chosen), at_once):
             part = chosen[start : start + at_once]
             index = to_tensor(part, device)
             item_B = to_tensor(examples.item_B[part], device)
             own = seen and [seen[i] for i in part]
+            asked = histories.take(index), states_BD[index]
             found = full_ranking.rank(
-                self._network,
-                self._table,
-                histories.take(index),
-                states_BD[index],
-                standing_IS,
-                item_B,
-                own,
-                keep=self.watch is not None,
+                self._network, self._table, *asked, standing, item_B, own, keep=self.watch is not None
             )
+            ranked = found
             if self.watch is not None:
-                self.watch(part, found)
-            report.rank_B[part], report.popularity_rank_B[part] = found.rank_B, found.popularity_rank_B
+                if sampled:
+                    with torch.no_grad():
+                        all_IS = self._table.standing()
+                        ranked = full_ranking.rank(self._network, self._table, *asked, all_IS, item_B, own, keep=True)
+                self.watch(part, ranked)
+            report.rank_B[part], report.popularity_rank_B[part] = ranked.rank_B, ranked.popularity_rank_B
             # Synchronises with the GPU: what was found leaves for the metrics.
             report.item_loss_B[part] = found.loss_B.detach().cpu().numpy()
             report.led_B[part], report.led_anywhere_B[part] = found.led_B2.T
-            if log_share_I is not None:
-                report.popular_B[part] = log_share_I[item_B].cpu().numpy()
+            if log_share is not None:
+                report.popular_B[part] = log_share(item_B).cpu().numpy()
             loss_B = (1 - torch.exp(-robustness * found.mixed_loss_B)) / robustness + found.loss_B
             if trusted_B is not None:
                 loss_B = loss_B * torch.from_numpy(trusted_B[part]).to(device)
@@ -159,6 +162,14 @@ class Prequential:
             loss = loss + mean.detach()
         return report, loss
 
+    @staticmethod
+    def _log_shares(standing: Standings) -> Callable[[Tensor], Tensor]:
+        """Return what tells the logarithm of items' shares of choices of late."""
+        if isinstance(standing, Sample):
+            return standing.log_share
+        log_share_I = standing[:, SLOWEST_TREND].log_softmax(0)
+        return lambda item_B: log_share_I[item_B]
+
     def _known(self, item_B: Rows) -> npt.NDArray[np.bool_]:
         total_B = self._table.columns["total"][to_tensor(item_B, self._table.device)]
         # Synchronises with the GPU: which examples can be ranked decides the shapes that follow.
@@ -166,7 +177,7 @@ class Prequential:
 
     @torch.no_grad()
     def _classify(
-        self, examples: Examples, states_BD: Tensor, standing_IS: Tensor, histories: Histories
+        self, examples: Examples, states_BD: Tensor, standing: Standings, histories: Histories
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], Tensor]:
         """Return the loss of each example, the probability of each class, and what counting said."""
         device = self._table.device
@@ -176,7 +187,7 @@ class Prequential:
         vectors_BD = self._table.columns["vector"][item_B]
         known_of_items = self._network.rates.item(self._table.columns["classes"][item_B])
         rates_BR = torch.cat([self._network.user_rates(histories, self._table, context_BP), known_of_items], 1)
-        logits_BC = self._network.class_logits(states_BD, vectors_BD, standing_IS[item_B], context_BC, rates_BR)
+        logits_BC = self._network.class_logits(states_BD, vectors_BD, standing[item_B], context_BC, rates_BR)
         losses_B = F.cross_entropy(logits_BC, to_tensor(examples.class_B, device), reduction="none")
         # Synchronises with the GPU: what was found leaves for the metrics.
         return losses_B.cpu().numpy().astype(np.float64), logits_BC.softmax(-1).cpu().numpy(), rates_BR

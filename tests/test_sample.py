@@ -1,0 +1,144 @@
+"""A sample of a large table stands for all: exactly where all rows are in it, in the mean where some are drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from learning import CPU, append, fork, head, learn_all, make_feedback, small, trainer, versions
+from test_full_ranking import SETTINGS, USERS, _world
+from test_gate import _learner, _walk
+
+from recsys.item_rows import PADDING_ROW
+from recsys.item_table import ItemTable
+from recsys.network import Histories, build_network
+from recsys.settings import Settings
+from recsys.store.connection import connect
+from trainer.examples import encode
+from trainer.full_ranking import Ranked, rank
+from trainer.learner import Learner
+from trainer.prequential import Prequential
+from trainer.rebuild import Rebuild
+from trainer.sample import Sample
+
+ITEMS = 600
+
+
+def _ranked(
+    table: ItemTable, histories: Histories, item_B: torch.Tensor, standing: torch.Tensor | Sample
+) -> tuple[Ranked, list[torch.Tensor]]:
+    network = build_network(SETTINGS)
+    with torch.no_grad():
+        network.mix.log_temperature.fill_(0.4)
+    states_BD = 2 * torch.randn(USERS, 8, generator=torch.Generator().manual_seed(7))
+    found = rank(network, table, histories, states_BD, standing, item_B, None)
+    ((found.mixed_loss_B - 0.5 * found.loss_B) * torch.arange(USERS)).sum().backward()
+    return found, [parameter.grad.clone() for parameter in network.mix.parameters()]
+
+
+@pytest.mark.parametrize("certain", [0, 40, ITEMS])
+def test_a_sample_of_all_rows_finds_what_all_rows_do(certain: int) -> None:
+    table, histories, item_B = _world(ITEMS, 3)
+    sample = Sample(table, np.arange(certain), np.arange(1, table.rows))
+    assert sample.among(np.array([5, 5, 9])).weight_U.tolist() == [1.0] * table.rows
+    torch.testing.assert_close(sample[item_B], table.standing()[item_B])
+    (one, one_gradients), (other, other_gradients) = (
+        _ranked(table, histories, item_B, standing) for standing in (sample, table.standing())
+    )
+    assert one.rank_B.tolist() == other.rank_B.tolist()
+    assert one.popularity_rank_B.tolist() == other.popularity_rank_B.tolist()
+    assert one.led_B2.tolist() == other.led_B2.tolist()
+    torch.testing.assert_close(one.loss_B, other.loss_B)
+    torch.testing.assert_close(one.mixed_loss_B, other.mixed_loss_B)
+    for mine, theirs in zip(one_gradients, other_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
+    shares_B = table.standing()[:, 2].log_softmax(0)[item_B]
+    torch.testing.assert_close(sample.log_share(item_B), shares_B, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_drawn_stands_for_all_in_the_mean() -> None:
+    table, histories, item_B = _world(ITEMS, 3)
+    lately, draw = np.array([3, 4, 4, 70]), np.random.default_rng(1)
+    exact, _ = _ranked(table, histories, item_B, table.standing())
+    shown_B = exact.rank_B > 0
+    ranks, sums = [], []
+    for _ in range(60):
+        sample = Sample(table, lately, draw.choice(np.arange(1, table.rows), 60, replace=False))
+        rows_U, weight_U = sample.among(item_B.numpy())
+        # Each row of the table is stood for once.
+        assert weight_U.sum() == pytest.approx(table.rows)
+        assert (np.diff(rows_U) > 0).all()
+        assert rows_U[0] == PADDING_ROW
+        assert set(weight_U[np.isin(rows_U, [0, 3, 4, 70, *item_B.tolist()])]) == {1.0}
+        found, _ = _ranked(table, histories, item_B, sample)
+        ranks.append(found.rank_B[shown_B])
+        # One over the share of the user's item: a sum over all rows, of which an estimate is right in the mean.
+        sums.append(found.mixed_loss_B.detach().exp()[shown_B].numpy())
+    for estimates, true in ((ranks, exact.rank_B[shown_B]), (sums, exact.mixed_loss_B.detach().exp()[shown_B].numpy())):
+        mean, error = np.mean(estimates, 0), np.std(estimates, 0) / np.sqrt(len(estimates))
+        assert np.std(estimates, 0).max() > 0
+        assert (abs(mean - true) < 4 * error + 0.51).mean() > 0.95
+        assert mean.mean() == pytest.approx(true.mean(), rel=0.05)
+
+
+def _sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests' small tables be large ones."""
+    for name, value in {"trainer.learner.MANY_ROWS": 5, "trainer.learner.LATELY": 9, "trainer.sample.DRAWN": 4}.items():
+        monkeypatch.setattr(name, value)
+
+
+def test_a_step_on_a_large_table_looks_at_no_more_than_a_sample(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sampled(monkeypatch)
+    learner = Learner(small(settings), CPU)
+    learner.allocate(f"item-{n}" for n in range(4))
+    assert isinstance(learner._look(), torch.Tensor)
+    learner.allocate(f"item-{n}" for n in range(4, 300))
+    monkeypatch.setattr(learner.table, "standing", lambda: pytest.fail("all rows were looked at"))
+    looked_at: list[int] = []
+    among = Sample.among
+    monkeypatch.setattr(Sample, "among", lambda *given: (found := among(*given), looked_at.append(len(found[0])))[0])
+    for number in range(20):
+        learner.step(encode(_walk(learner.settings, number), learner.settings))
+    assert learner.sample is not None
+    assert 5 < max(looked_at) < 60
+
+
+def test_versions_are_the_same_wherever_the_trainer_restarts_and_when_rebuilt(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = small(settings)
+    append(base, make_feedback(90))
+    restarted, whole = fork(base, "restarted"), fork(base, "whole")
+    unsampled = learn_all(whole)
+    _sampled(monkeypatch)
+    weights = learn_all(base)
+    assert weights != unsampled
+    monkeypatch.setattr("trainer.daemon.READ_COUNT", 23)
+    for _ in range(4):
+        with trainer(restarted) as daemon:
+            daemon.start()
+            daemon.step()
+            assert daemon.learner.sample is not None
+    assert learn_all(restarted) == weights
+    assert versions(restarted) == versions(base)
+    with connect(base) as client:
+        assert Rebuild(client, base, CPU).run(head(base)[0]).equal
+
+
+def test_the_gate_looks_at_the_same_rows_of_both_versions(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    _sampled(monkeypatch)
+    world = small(settings)
+    learner, gate = _learner(world, 10)
+    learner.allocate(f"more-{n}" for n in range(300))
+    learner.step(encode(_walk(world, 1), world))
+    gate.accept(learner.take_changed())
+    own = Prequential(world, learner.network, learner.table)
+    examples = encode(_walk(world, 2), world)
+    found, served = gate._test(own, examples, learner.replica), gate._test(gate._prequential, examples, gate._served)
+    assert found.item_loss_B.tolist() == served.item_loss_B.tolist()
+    # By another sample the same version differs from itself.
+    learner.sample = Sample.draw(learner.table, np.array([1, 2]), np.random.default_rng(1))
+    other = gate._test(gate._prequential, examples, gate._served)
+    assert other.item_loss_B.tolist() != found.item_loss_B.tolist()

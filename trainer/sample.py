@@ -1,0 +1,89 @@
+"""Sample: some rows of a large table that stand for all, so that a step costs what it touches and not what there is.
+
+What was chosen lately is among them for certain: of all that is not led to by histories it has nearly all the chances.
+Of the rest some rows are drawn, all alike; each stands for as many as there are to one drawn, so that sums over them
+are in the mean those over all rows. Shapes: N rows of the sample, U rows looked at, S standings.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recsys.item_table import PADDING_ROW, ItemTable
+from recsys.standing import COLUMNS, SLOWEST_TREND, Standing
+
+# A table with more rows is looked at by a sample. Up to here all rows cost no more.
+MANY_ROWS = 1 << 14
+# So much of the newest feedback says what was chosen lately; so many rows are drawn.
+LATELY, DRAWN = 8192, 4096
+# Users whose items are ranked together: what histories of one of them lead to is looked at for all.
+TOGETHER = 64
+
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class Among(NamedTuple):
+    """Hold the rows that some users' items are ranked among, ascending, with how many rows each stands for."""
+
+    rows_U: Rows
+    weight_U: Floats
+
+
+class Sample:
+    """Stand for all rows of a table as of its clock; the same rows of another table are `of` that."""
+
+    def __init__(self, table: ItemTable, certain_N: Rows, drawn_N: Rows) -> None:
+        """Take rows that are among it for certain, and those drawn uniformly from all; both may repeat themselves."""
+        self._table, self._certain, self._drawn = table, certain_N, np.unique(drawn_N)
+        self._largest_T: Floats | None = None
+        rows_N, weight_N = self.among(certain_N)
+        found = self._standing(rows_N)
+        # The trends of all rows asked for are told from these: what trends most was chosen lately.
+        self._largest_T = found.largest_T
+        slowest_N = found.rows_IS[:, SLOWEST_TREND].astype(np.float64)
+        self._log_total = math.log(float((weight_N * np.exp(slowest_N)).sum()))
+
+    @classmethod
+    def draw(cls, table: ItemTable, lately_N: npt.NDArray[np.integer], random: np.random.Generator) -> Sample:
+        """Draw from a table, of which these rows were chosen lately."""
+        # Row 0 is no item's.
+        drawn_N = 1 + random.choice(table.rows - 1, min(DRAWN, table.rows - 1), replace=False, shuffle=False)
+        return cls(table, np.unique(lately_N).astype(np.int64), drawn_N)
+
+    def of(self, table: ItemTable) -> Sample:
+        """Return the same rows of another table that has them all."""
+        return Sample(table, self._certain, self._drawn)
+
+    def among(self, certain_N: npt.NDArray[np.integer]) -> Among:
+        """Return the sample where these rows are looked at for certain besides its own."""
+        certain_U = np.unique(np.concatenate([self._certain, certain_N.ravel(), [PADDING_ROW]])).astype(np.int64)
+        place_N = np.searchsorted(certain_U, self._drawn)
+        known_N = certain_U[np.minimum(place_N, len(certain_U) - 1)] == self._drawn
+        drawn_N = self._drawn[~known_N]
+        stands_for = (self._table.rows - len(certain_U)) / max(1, len(drawn_N))
+        rows_U = np.insert(certain_U, place_N[~known_N], drawn_N)
+        weight_U = np.insert(np.ones(len(certain_U), np.float32), place_N[~known_N], np.float32(stands_for))
+        return Among(rows_U, weight_U)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return the standing of any rows, as ItemTable.standing has it: (..., S)."""
+        return torch.from_numpy(self._standing(rows.numpy().ravel()).rows_IS).view(*rows.shape, -1)
+
+    def log_share(self, item_B: Tensor) -> Tensor:
+        """Return the logarithm of rows' shares of choices at the slowest trend's speed."""
+        return self[item_B][:, SLOWEST_TREND] - self._log_total
+
+    def _standing(self, rows_N: Rows) -> Standing:
+        columns = {name: self._table.columns[name].numpy()[rows_N] for name in COLUMNS}
+        return Standing.of(columns, len(rows_N), self._table.clock, largest_T=self._largest_T)
+
+
+# What is known of rows whoever asks: of all (I, S), or of those asked for; either way `standing[rows]` has it.
+Standings: TypeAlias = Tensor | Sample
