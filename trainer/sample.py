@@ -21,7 +21,7 @@ from recsys.standing import COLUMNS, SLOWEST_TREND, Standing
 # A table with more rows is looked at by a sample. Up to here all rows cost no more.
 MANY_ROWS = 1 << 14
 # So much of the newest feedback says what was chosen lately; so many rows are drawn.
-LATELY, DRAWN = 8192, 4096
+LATELY, DRAWN = 4096, 2048
 # Users whose items are ranked together: what histories of one of them lead to is looked at for all.
 TOGETHER = 64
 
