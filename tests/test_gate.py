@@ -122,6 +122,8 @@ def test_weights_that_are_not_finite_or_grow_at_once_are_objected_to(world: Sett
         learner.network.position.fill_(float("nan"))
     assert "position that is not finite" in str(gate.objection())
     learner, gate = _learner(world, 2)
+    learner.step(encode_events(_walk(world, 2), world))
+    assert gate.objection() is None
     learner.table.columns["vector"][3, 0] = float("inf")
     assert "item vector" in str(gate.objection())
 

@@ -180,7 +180,8 @@ class Gate:
                 return f"holds {name} that is not finite"
             if name not in counts and norm > self._settings.gate_growth * before + 1.0:
                 return f"holds {name} whose norm grew from {before:.3g} to {norm:.3g}"
-        if not bool(torch.isfinite(self._learner.table.column("vector")).all()):
+        # All others are those of a version that passed.
+        if not bool(torch.isfinite(self._learner.table.columns["vector"][self._learner.changed()]).all()):
             return "holds an item vector that is not finite"
         return None
 

@@ -375,6 +375,7 @@ class Learner:
         self.contents.followed = int(own.dense[FOLLOWED][0])
         self.strategies.restore(own.dense)
         self.drift.restore(own.dense)
+        self.sample = None
         self.trust.restore(own.dense)
         self.crowd.restore(own.dense)
 
