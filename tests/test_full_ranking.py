@@ -132,12 +132,13 @@ if sys.argv[1:]:
     loops._powers(numbers, np.float32(4), numbers.copy(), np.zeros(64, np.int32))
     loops._expect(numbers, numbers.copy(), some(8, 64), np.zeros(12), 0)
     loops._score(numbers, some(8, 64), some(12), numbers.copy(), numbers.copy(), 0)
+    loops._weigh(numbers, numbers.copy())
     draw = np.random.default_rng(1)
 users, items = 16, 3000
 found = loops._rank(
     some(users, items), some(8, items), some(users, 12), np.float32(0.8), np.zeros((users, 5), np.int32),
     some(3, users, 5),
-    np.ones(items, np.float32), draw.integers(1, items, users), draw.integers(1, items, 4 * users),
+    np.ones(items, np.float32), np.ones(items, np.float32), draw.integers(1, items, users), draw.integers(1, items, 4 * users),
     4 * np.arange(1, users + 1), np.empty((0, 0), np.float32),
 )
 print(hashlib.sha256(b"".join(each.tobytes() for each in found)).hexdigest())
