@@ -172,17 +172,15 @@ def _by_sample(
     memory = _places(rows_U, rows_BN).astype(np.int32), lifts_3BN, led_B2
     place_B = np.searchsorted(rows_U, item_B.numpy())
     none_BU = np.empty((0, 0), np.float32)
-    return _ranked(
-        network, histories, states_BD, looked_at, memory, place_B, (_places(rows_U, rows_H), ends_B), none_BU
-    )
+    hidden = _places(rows_U, rows_H), ends_B
+    return _ranked(network, histories, states_BD, looked_at, memory, place_B, hidden, none_BU)
 
 
 def _hidden(histories: Histories, seen: list[Rows] | None) -> tuple[Rows, Rows]:
     """Return the rows hidden from each user, one's after the other's, and where each one's end."""
     hidden = list(histories.rows_BL.numpy()) if seen is None else seen
-    return np.concatenate(hidden).astype(np.int64, copy=False), np.cumsum(
-        [len(rows) for rows in hidden], dtype=np.int64
-    )
+    rows_H = np.concatenate(hidden).astype(np.int64, copy=False)
+    return rows_H, np.cumsum([len(rows) for rows in hidden], dtype=np.int64)
 
 
 def _places(rows_U: Rows, rows: NDArray[np.integer]) -> Rows:
