@@ -138,7 +138,8 @@ users, items = 16, 3000
 found = loops._rank(
     some(users, items), some(8, items), some(users, 12), np.float32(0.8), np.zeros((users, 5), np.int32),
     some(3, users, 5),
-    np.ones(items, np.float32), np.ones(items, np.float32), draw.integers(1, items, users), draw.integers(1, items, 4 * users),
+    np.ones(items, np.float32), np.ones(items, np.float32),
+    draw.integers(1, items, users), draw.integers(1, items, 4 * users),
     4 * np.arange(1, users + 1), np.empty((0, 0), np.float32),
 )
 print(hashlib.sha256(b"".join(each.tobytes() for each in found)).hexdigest())
