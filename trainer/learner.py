@@ -39,7 +39,7 @@ from trainer.examples import Examples, Followed, ReplayWindow, join, learnable
 from trainer.hindsight import Hindsight
 from trainer.prequential import Prequential, StepReport
 from trainer.quality import MISS
-from trainer.sample import LATELY, MANY_ROWS, Sample, Standings
+from trainer.sample import LATELY, MANY_ROWS, SAMPLING, Sample, Standings
 from trainer.sampled_softmax import LeftOut, sampled_softmax
 from trainer.strategies import Strategies
 from trainer.trust import ACCOUNTS, TRUST, Trust, told
@@ -173,9 +173,9 @@ class Learner:
         self.sample = None
         if self.device.type != "cpu" or self.table.rows <= MANY_ROWS:
             return self.table.standing()
-        random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, 3, 0]))
-        class_B, item_B = self.window.columns(LATELY, "class_B", "item_B")
-        self.sample = Sample.draw(self.table, item_B[self._positive[class_B]], random)
+        random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, SAMPLING, 0]))
+        (lately_B,) = self.window.columns(LATELY, "item_B")
+        self.sample = Sample.draw(self.table, lately_B, random)
         return self.sample
 
     def fade(self, by: float) -> None:

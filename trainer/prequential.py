@@ -82,7 +82,7 @@ class Prequential:
     def __init__(self, settings: Settings, network: RecommendationNetwork, table: ItemTable) -> None:
         self._network, self._table = network, table
         self._positive = np.array([c.positive for c in settings.classes])
-        # Trust alone asks how popular each choice was, which takes a look at all items.
+        # Trust alone asks how popular each choice was, which takes a look at all items or the sample.
         self._asks_popularity = settings.trust
         # Shown, for those who measure more than ranks, the places in the batch of what is ranked, and what was found.
         self.watch: Callable[[Rows, Ranked], None] | None = None
@@ -130,7 +130,9 @@ class Prequential:
         log_share = self._log_shares(standing) if self._asks_popularity else None
         loss = torch.zeros((), device=device)
         sampled = isinstance(standing, Sample)
-        at_once = TOGETHER if sampled and self.watch is None else max(1, SCORES_AT_ONCE // self._table.rows)
+        at_once = max(1, SCORES_AT_ONCE // self._table.rows)
+        if sampled:
+            at_once = TOGETHER if self.watch is None else min(TOGETHER, at_once)
         for start in range(0, len(chosen), at_once):
             part = chosen[start : start + at_once]
             index = to_tensor(part, device)

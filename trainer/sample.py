@@ -1,6 +1,6 @@
 """Sample: some rows of a large table that stand for all, so that a step costs what it touches and not what there is.
 
-What was chosen lately is among them for certain: of all that is not led to by histories it has nearly all the chances.
+What feedback was on lately is among them for certain: it trends most, and is most of what histories do not lead to.
 Of the rest some rows are drawn, all alike; each stands for as many as there are to one drawn, so that sums over them
 are in the mean those over all rows. Shapes: N rows of the sample, U rows looked at, S standings.
 """
@@ -18,10 +18,12 @@ from torch import Tensor
 from recsys.item_table import PADDING_ROW, ItemTable
 from recsys.standing import COLUMNS, SLOWEST_TREND, Standing
 
-# A table with more rows is looked at by a sample. Up to here all rows cost no more.
+# A table with more rows is looked at by a sample: from about here on that costs less (see benchmarks/RESULTS.md).
 MANY_ROWS = 1 << 14
-# So much of the newest feedback says what was chosen lately; so many rows are drawn.
+# So much of the newest feedback says which items are among it for certain; so many rows are drawn.
 LATELY, DRAWN = 4096, 2048
+# What its random numbers are for: one number a purpose, beside those of learner, gate and epochs.
+SAMPLING = 4
 # Users whose items are ranked together: what histories of one of them lead to is looked at for all.
 TOGETHER = 64
 
@@ -45,14 +47,14 @@ class Sample:
         self._largest_T: Floats | None = None
         rows_N, weight_N = self.among(certain_N)
         found = self._standing(rows_N)
-        # The trends of all rows asked for are told from these: what trends most was chosen lately.
+        # The trends of all rows asked for are told from these: feedback was lately on what trends most.
         self._largest_T = found.largest_T
         slowest_N = found.rows_IS[:, SLOWEST_TREND].astype(np.float64)
         self._log_total = math.log(float((weight_N * np.exp(slowest_N)).sum()))
 
     @classmethod
     def draw(cls, table: ItemTable, lately_N: npt.NDArray[np.integer], random: np.random.Generator) -> Sample:
-        """Draw from a table, of which these rows were chosen lately."""
+        """Draw from a table; feedback was on these rows lately."""
         # Row 0 is no item's.
         drawn_N = 1 + random.choice(table.rows - 1, min(DRAWN, table.rows - 1), replace=False, shuffle=False)
         return cls(table, np.unique(lately_N).astype(np.int64), drawn_N)
