@@ -3,8 +3,8 @@
 Runs the learner over a file, test-then-train, with the default settings; prints one JSON object. Times are those that
 the processor spent (on CUDA: that passed), so that other work on the machine changes them little; the first eighth of
 the feedback is not timed. With --items the table holds so many before the file begins, chosen by nobody, as where most
-of a catalogue rests: what a step costs should not depend on their number: beyond
-16,384 items it is a sample that the parts named "all items" look at.
+of a catalogue rests; what a step costs should not depend on their number, as beyond 16,384 items the parts named "all
+items" look at a sample.
 """
 
 from __future__ import annotations
