@@ -26,6 +26,7 @@ from raw_calls import free_ports, measure, processor_seconds
 
 from recsys import Client, Feedback
 from recsys.audience import Audience
+from recsys.client import TlsOptions
 from recsys.errors import RecsysError
 from recsys.store.embedded import EmbeddedStore
 from recsys.v1 import recommender_pb2
@@ -75,20 +76,23 @@ def wait_until(reached: Callable[[], bool]) -> None:
     raise SystemExit("the system did not get ready in time")
 
 
-def overload(target: str, pid: int, seconds: float, timeout: float, factors: list[float]) -> dict[str, Any]:
+def overload(
+    target: str, pid: int, seconds: float, timeout: float, factors: list[float], ca: str | None
+) -> dict[str, Any]:
     """Find a server's capacity, then ask for multiples of it."""
     requests = [
         recommender_pb2.RecommendRequest(user_id=f"user-{n}", count=10).SerializeToString() for n in range(USERS)
     ]
 
     def capacity() -> float:
-        return float(measure(target, PATH, requests, seconds=seconds, in_flight=IN_FLIGHT)["requests_per_second"])
+        asked = measure(target, PATH, requests, seconds=seconds, in_flight=IN_FLIGHT, ca=ca)
+        return float(asked["requests_per_second"])
 
     capacity()
     before, spent = capacity(), processor_seconds(pid)
     found: dict[str, Any] = {}
     for factor in factors:
-        asked = measure(target, PATH, requests, seconds=seconds, rate=factor * before, timeout=timeout)
+        asked = measure(target, PATH, requests, seconds=seconds, rate=factor * before, timeout=timeout, ca=ca)
         after = capacity()
         # What else the machine does changes from one second to the next.
         found[f"{factor:g}x"] = {
@@ -102,31 +106,48 @@ def overload(target: str, pid: int, seconds: float, timeout: float, factors: lis
     return found
 
 
-def whole(transports: list[str], seconds: float, timeout: float, factors: list[float], items: int) -> dict[str, Any]:
+def certificate(directory: Path) -> tuple[str, str]:
+    """Make a certificate for this machine that is its own authority; return its file and its key's."""
+    files = str(directory / "server.pem"), str(directory / "server.key")
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    named = ("-subj", "/CN=server", "-addext", "subjectAltName=IP:127.0.0.1", "-out", files[0], "-keyout", files[1])
+    subprocess.run(["openssl", "req", "-x509", *key, "-days", "1", *named], check=True, capture_output=True)
+    return files
+
+
+def whole(
+    transports: list[str], seconds: float, timeout: float, factors: list[float], items: int, tls: bool
+) -> dict[str, Any]:
     """Run the system with a server for each transport, and overload one after the other; `items` 0: those learned."""
     with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store, ExitStack() as stack:
         settings: dict[str, object] = {} if items else {"classes": "clicks"}
+        secured: dict[str, object] = {}
+        ca = None
+        if tls:
+            ca, key = certificate(Path(directory))
+            secured = {"tls_certificate": ca, "tls_key": key}
         if items:
             publisher = (str(Path(serving.__file__).resolve()), "--publish", store.url, "--items", str(items))
             with serving.part(*publisher, wait=True, stdin=subprocess.PIPE):
                 pass
         servers = {}
         for transport, port in zip(transports, free_ports(len(transports)), strict=True):
-            server = part("serve", store.url, port=port, transport=transport, **settings)
+            server = part("serve", store.url, port=port, transport=transport, **settings, **secured)
             servers[transport] = port, stack.enter_context(server)
         port, _ = next(iter(servers.values()))
-        with Client(f"127.0.0.1:{port}", timeout=30.0) as client:
+        with Client(f"127.0.0.1:{port}", timeout=30.0, tls=TlsOptions(ca) if ca else None) as client:
             if items:
                 wait_until(lambda: client.status().version > 0)
             else:
                 with part("train", store.url, **settings):
                     teach(client, 4000)
         found = {
-            transport: overload(f"127.0.0.1:{port}", pid, seconds, timeout, factors)
+            transport: overload(f"127.0.0.1:{port}", pid, seconds, timeout, factors, ca)
             for transport, (port, pid) in servers.items()
         }
     return {
         "items": items,
+        "tls": tls,
         "deadline_seconds": timeout,
         "seconds": seconds,
         "cores": os.cpu_count(),
@@ -144,8 +165,9 @@ def main() -> None:
     parser.add_argument(
         "--items", type=int, default=0, help="made up, instead of the few that a simulated audience has"
     )
+    parser.add_argument("--tls", action="store_true", help="encrypted")
     given = parser.parse_args()
-    found = whole(given.transports, given.seconds, given.deadline, given.factors, given.items)
+    found = whole(given.transports, given.seconds, given.deadline, given.factors, given.items, given.tls)
     print(json.dumps(found, indent=2))
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import select
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -28,6 +29,8 @@ END_STREAM, ACK, END_HEADERS = 1, 1, 4
 OUR_SETTINGS = struct.pack(">HIHI", 1, 0, 4, (1 << 31) - 1)
 OPEN_WINDOW = struct.pack(">I", (1 << 31) - 1 - 65535)
 CANCEL = struct.pack(">I", 8)
+# What a socket that does not wait says when it would have to; with TLS it may want to read in order to write.
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # RFC 7541, appendix B: the letters that the name and the values of grpc-status are made of.
 HUFFMAN = {
     **{"g": "100110", "r": "101100", "p": "101011", "c": "00100", "-": "010110", "s": "01000", "t": "01001"},
@@ -115,8 +118,11 @@ class Waiting:
 class Connection:
     """One connection; `ended` collects (seconds since due, status name) of the calls that have ended."""
 
-    def __init__(self, host: str, port: int, path: str, timeout: float) -> None:
+    def __init__(self, host: str, port: int, path: str, timeout: float, ca: str | None) -> None:
         self._address = (host, port)
+        self._tls = ssl.create_default_context(cafile=ca) if ca else None
+        if self._tls:
+            self._tls.set_alpn_protocols(["h2"])
         self.ended: list[tuple[float, str]] = []
         self._timeout = timeout
         self._unsent: deque[tuple[float, bytes]] = deque()
@@ -129,6 +135,8 @@ class Connection:
     def _connect(self) -> None:
         self.socket = socket.create_connection(self._address, LAST_SECONDS)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls:
+            self.socket = self._tls.wrap_socket(self.socket, server_hostname=self._address[0])
         self.socket.setblocking(False)
         self._open: dict[int, Waiting] = {}
         self._deadlines: deque[Waiting] = deque()
@@ -169,23 +177,26 @@ class Connection:
         while self._out:
             try:
                 del self._out[: self.socket.send(self._out)]
-            except BlockingIOError:
+            except NOT_NOW:
                 return
             except ConnectionError:
                 self._lose()
 
     def receive(self) -> None:
         """Read what has come."""
-        try:
-            data = self.socket.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except ConnectionError:
-            data = b""
-        if not data:
-            self._lose()
-            return
-        self._in += data
+        while True:
+            try:
+                data = self.socket.recv(1 << 18)
+            except NOT_NOW:
+                break
+            except ConnectionError:
+                data = b""
+            if not data:
+                self._lose()
+                return
+            self._in += data
+            if not self._tls:
+                break
         at = 0
         while len(self._in) - at >= 9:
             length = int.from_bytes(self._in[at : at + 3], "big")
@@ -241,7 +252,8 @@ class Load:
         host, _, port = order["target"].rpartition(":")
         self._requests = [bytes.fromhex(request) for request in order["requests"]]
         self._connections = [
-            Connection(host, int(port), order["path"], order["timeout"]) for _ in range(order["connections"])
+            Connection(host, int(port), order["path"], order["timeout"], order["ca"])
+            for _ in range(order["connections"])
         ]
         self._sent = 0
         self.ended: list[tuple[float, str]] = []
@@ -333,8 +345,12 @@ def measure(
     in_flight: int = 1,
     timeout: float = 10.0,
     connections: int = 4,
+    ca: str | None = None,
 ) -> dict[str, Any]:
-    """Ask from a process of its own: on schedule where a rate is given, else with calls in flight all the time."""
+    """Ask from a process of its own: on schedule where a rate is given, else with calls in flight all the time.
+
+    Over TLS where the file of an authority is given.
+    """
     order = {
         "target": target,
         "path": path,
@@ -344,6 +360,7 @@ def measure(
         "in_flight": in_flight,
         "timeout": timeout,
         "connections": min(connections, in_flight) if not rate else connections,
+        "ca": ca,
     }
     command = [sys.executable, str(Path(__file__).resolve())]
     found = subprocess.run(command, input=json.dumps(order), check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -117,7 +117,8 @@ class Settings(BaseModel):
     reflection: bool = Field(True, description="serve gRPC reflection, for grpcurl and the like")
     transport: Literal["auto", "grpcio", "native"] = Field(
         "auto",
-        description="native: HTTP/2 outside Python, no TLS, fewer limits; auto: native on loopback without TLS",
+        description="native: HTTP/2 outside Python, fewer limits; auto: native on loopback and with tls_client_ca, "
+        "else grpcio",
     )
 
     # What feedback means

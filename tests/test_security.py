@@ -13,6 +13,7 @@ import subprocess
 import threading
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from serving import Running, serve
+from serving import TRANSPORTS, Running, serve
 
 import recsys
 from recsys import AsyncClient, Client, errors
@@ -49,7 +50,7 @@ CLICK = recsys.Feedback("u", "item-1", "click")
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:
-    return Settings.model_validate(settings.model_dump() | changes)
+    return Settings.model_validate(settings.model_dump(exclude_unset=True) | changes)
 
 
 def write_tokens(path: Path, tokens: dict[str, str]) -> None:
@@ -111,8 +112,14 @@ def send(running: Running, method: str, data: bytes = b"", authorization: str | 
 # --- TLS
 
 
-def test_a_client_that_trusts_the_server_calls_it_over_tls(settings: Settings, pki: Path) -> None:
-    with serve(changed(settings, **server_tls(pki))) as running:
+@pytest.fixture(params=TRANSPORTS)
+def over_tls(settings: Settings, pki: Path, request: pytest.FixtureRequest) -> Settings:
+    """Settings with TLS for each transport."""
+    return changed(settings, **server_tls(pki), transport=request.param)
+
+
+def test_a_client_that_trusts_the_server_calls_it_over_tls(over_tls: Settings, pki: Path) -> None:
+    with serve(over_tls) as running:
         trusting = TlsOptions(ca=str(pki / "ca.pem"))
 
         async def use() -> int:
@@ -127,9 +134,9 @@ def test_a_client_that_trusts_the_server_calls_it_over_tls(settings: Settings, p
                 client.recommend("u")
 
 
-def test_a_client_without_a_certificate_is_refused_when_one_is_asked_for(settings: Settings, pki: Path) -> None:
+def test_a_client_without_a_certificate_is_refused_when_one_is_asked_for(over_tls: Settings, pki: Path) -> None:
     ca = str(pki / "ca.pem")
-    with serve(changed(settings, **server_tls(pki), tls_client_ca=ca)) as running:
+    with serve(changed(over_tls, tls_client_ca=ca)) as running:
         own = TlsOptions(ca, str(pki / "client.pem"), str(pki / "client.key"))
         with Client(running.target, timeout=SECONDS, tls=own) as client:
             assert client.recommend("u").version == 1
@@ -152,10 +159,121 @@ def test_a_client_without_a_certificate_is_refused_when_one_is_asked_for(setting
     ],
 )
 def test_files_that_cannot_be_used_stop_the_server_from_starting(
-    settings: Settings, pki: Path, changes: dict[str, str], text: str
+    over_tls: Settings, pki: Path, changes: dict[str, str], text: str
 ) -> None:
-    paths = server_tls(pki) | {name: str(pki / file) for name, file in changes.items()}
-    with pytest.raises(errors.SettingsError, match=text), serve(changed(settings, **paths)):
+    paths = {name: str(pki / file) for name, file in changes.items()}
+    with pytest.raises(errors.SettingsError, match=text), serve(changed(over_tls, **paths)):
+        pass
+
+
+@pytest.fixture
+def fronted(settings: Settings, pki: Path) -> Settings:
+    """Settings for the transport that knows no TLS itself."""
+    return changed(settings, **server_tls(pki), transport="native")
+
+
+@contextlib.contextmanager
+def tls_connection(running: Running, pki: Path, *protocols: str) -> Iterator[ssl.SSLSocket]:
+    """Connect as far as TLS goes."""
+    context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
+    if protocols:
+        context.set_alpn_protocols(list(protocols))
+    with (
+        socket.create_connection(("127.0.0.1", running.server.port), SECONDS) as connection,
+        context.wrap_socket(connection, server_hostname="127.0.0.1") as secure,
+    ):
+        yield secure
+
+
+def test_calls_beside_each_other_and_large_ones_pass_over_tls(fronted: Settings, pki: Path) -> None:
+    with (
+        serve(fronted) as running,
+        Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client,
+    ):
+        with ThreadPoolExecutor(16) as pool:
+            found = pool.map(lambda number: client.recommend(f"u{number}", count=100), range(200))
+            assert all(len(each.items) == 100 for each in found)
+        # More than any buffer on the way holds, there and back.
+        items = [f"{number:06}-{'x' * 240}" for number in range(1000)]
+        assert len(client.score("u", items).items) == len(items)
+        assert client.status().version == 1
+
+
+def test_over_tls_health_and_reflection_are_served_too(fronted: Settings, pki: Path) -> None:
+    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
+    with serve(fronted) as running, grpc.secure_channel(running.target, credentials) as channel:
+        assert HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS).status
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        assert next(iter(ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=SECONDS)))
+
+
+def test_who_speaks_no_tls_or_no_http2_is_left_alone_and_troubles_nobody(fronted: Settings, pki: Path) -> None:
+    with serve(fronted) as running:
+        with raw(running) as clear, contextlib.suppress(ConnectionError):
+            # An alert of TLS at most; no frames.
+            assert not clear.makefile("rb").read().startswith(b"\x00\x00")
+        for protocols in ((), ("http/1.1",)):
+            with contextlib.suppress(ConnectionError, ssl.SSLError), tls_connection(running, pki, *protocols) as other:
+                assert other.recv(1) == b""
+        with tls_connection(running, pki, "h2") as connection:
+            connection.sendall(PREFACE)
+            assert connection.recv(1)
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+
+
+def test_over_tls_connections_are_bounded_from_their_first_packet_on(fronted: Settings, pki: Path) -> None:
+    with serve(changed(fronted, max_connections=2)) as running:
+        address = ("127.0.0.1", running.server.port)
+        with (
+            socket.create_connection(address, SECONDS),
+            tls_connection(running, pki, "h2"),
+            socket.create_connection(address, SECONDS) as third,
+            contextlib.suppress(ConnectionError),
+        ):
+            assert third.recv(1) == b""
+        # Those that have gone are none any more.
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+
+
+def test_over_tls_a_connection_that_says_nothing_is_closed(fronted: Settings, pki: Path) -> None:
+    with serve(changed(fronted, max_idle_seconds=1.0)) as running, tls_connection(running, pki, "h2") as connection:
+        connection.sendall(PREFACE)
+        while connection.recv(1 << 16):
+            pass
+
+
+def test_over_tls_a_stopping_server_finishes_what_is_in_flight(fronted: Settings, pki: Path) -> None:
+    with (
+        serve(fronted) as running,
+        Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client,
+    ):
+        assert client.recommend("u").version == 1
+        assert running.scorer.entered.acquire(timeout=SECONDS)
+        running.scorer.gate.clear()
+        with ThreadPoolExecutor(2) as pool:
+            held = pool.submit(client.recommend, "held")
+            assert running.scorer.entered.acquire(timeout=SECONDS)
+            stopping = pool.submit(running.stop)
+            # Nobody is let in while it stops.
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", running.server.port), SECONDS).close()
+                except ConnectionError:
+                    break
+            assert not stopping.done()
+            running.scorer.gate.set()
+            assert held.result(SECONDS).version == 1
+            stopping.result(SECONDS)
+
+
+def test_over_tls_a_taken_port_is_an_error(fronted: Settings) -> None:
+    with (
+        serve(fronted) as running,
+        pytest.raises(errors.AddressInUse, match="the port is taken"),
+        serve(changed(fronted, port=running.server.port)),
+    ):
         pass
 
 
@@ -537,7 +655,7 @@ def test_an_answer_that_fits_no_message_is_the_callers_to_split(settings: Settin
 
 
 def test_metadata_over_the_limit_is_refused(settings: Settings) -> None:
-    with serve(changed(settings, max_metadata_bytes=1024)) as running:
+    with serve(changed(settings, max_metadata_bytes=1024, transport="grpcio")) as running:
         with pytest.raises(grpc.RpcError) as caught:
             send(running, "/recsys.v1.RecommenderService/Recommend", b"", "x" * 1024)
         assert caught.value.code() == CODE.RESOURCE_EXHAUSTED

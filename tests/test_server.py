@@ -29,6 +29,7 @@ from recsys.v1 import recommender_pb2
 from recsys.v1.recommender_pb2_grpc import RecommenderServiceStub
 
 SECONDS = 30
+TLS = {"tls_certificate": "chain.pem", "tls_key": "key.pem"}
 Status = health_pb2.HealthCheckResponse
 
 
@@ -184,7 +185,11 @@ def test_a_port_is_not_shared_with_another_server(settings: Settings) -> None:
         ({"max_connections": 10}, "grpcio"),
         ({"max_idle_seconds": 60.0}, "grpcio"),
         ({"min_ping_seconds": 0.0}, "native"),
-        ({"tls_certificate": "chain.pem", "tls_key": "key.pem"}, "grpcio"),
+        (TLS, "native"),
+        (TLS | {"max_connections": 10, "max_idle_seconds": 60.0}, "native"),
+        (TLS | {"min_ping_seconds": 60.0}, "grpcio"),
+        (TLS | {"host": "0.0.0.0"}, "grpcio"),
+        (TLS | {"host": "0.0.0.0", "tls_client_ca": "ca.pem"}, "native"),
     ],
 )
 def test_auto_takes_the_transport_that_can_do_what_is_asked(changes: dict[str, Any], expected: str) -> None:

@@ -1,8 +1,9 @@
-"""NativeTransport: calls over pygrpc-native, whose HTTP/2 runs in Rust outside the interpreter; without TLS.
+"""NativeTransport: calls over pygrpc-native, whose HTTP/2 runs in Rust outside the interpreter.
 
 It hands over many calls at a time and takes their endings from any thread. The thread that scores looks for them
 itself, between two batches: a refusal costs little that way, and an answer goes out from the thread that made it.
-Health, reflection and unknown methods go to a grpcio server behind it, on a Unix socket.
+Health, reflection and unknown methods go to a grpcio server behind it, on a Unix socket. It knows no TLS: where that is
+asked for, it listens on a Unix socket itself, behind a TlsFront.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from recsys.batcher import Batcher
 from recsys.service.edge import Call, Edge, Ending, Metadata
 from recsys.service.errors import Refusal
 from recsys.service.grpcio_transport import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, limits, taken
+from recsys.service.tls_front import TlsFront
 from recsys.settings import Settings, bracketed
 
 # Threads of the transport itself: what they do for a call is little beside an answer.
@@ -46,7 +48,7 @@ class NativeTransport:
     """Serve in the thread of the batcher that scores; beside it while a batch takes long.
 
     Enforces max_metadata_bytes and max_concurrent_streams; max_message_bytes only when a message has arrived;
-    max_connections, max_idle_seconds and min_ping_seconds not at all.
+    max_connections and max_idle_seconds with TLS alone, and min_ping_seconds not at all.
     """
 
     def __init__(
@@ -61,9 +63,14 @@ class NativeTransport:
         """Listen.
 
         Raises:
+            SettingsError: when the settings name TLS files that cannot be used.
             AddressInUse: when the port is taken.
         """
-        address = f"{bracketed(settings.host)}:{settings.port}"
+        self._tls = TlsFront(settings, share_port=share_port) if settings.tls_certificate else None
+        # Others can enter no folder that is made so, and reach no socket in it.
+        self._folder = Path(tempfile.mkdtemp(prefix="recsys-"))
+        self._behind_tls = str(self._folder / "behind-tls")
+        address = f"unix:{self._behind_tls}" if self._tls else f"{bracketed(settings.host)}:{settings.port}"
         self._edge, self._receiver = edge, receiver
         self._max_message_bytes = settings.max_message_bytes
         self._paths = list(edge.methods)
@@ -79,13 +86,13 @@ class NativeTransport:
                 keepalive_permit_without_calls=False,
                 max_concurrent_streams=settings.max_concurrent_streams,
                 max_metadata_size=settings.max_metadata_bytes,
-                reuse_port=share_port,
+                reuse_port=share_port and not self._tls,
             )
             self._io_threads = _threads() - others
         except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise taken(address) from error
-        self.port = self._front.bound_port
-        self._folder = Path(tempfile.mkdtemp(prefix="recsys-"))
+        self.port = self._tls.port if self._tls else self._front.bound_port
         self._behind = grpc.aio.server(options=limits(settings))
         add_services(self._behind)
         self._calls: dict[int, Call] = {}
@@ -104,15 +111,21 @@ class NativeTransport:
         self._front.start()
         self._receiver.receive_from(self._receive)
         self._thread.start()
+        if self._tls:
+            self._tls.start(self._behind_tls)
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, give those in flight `grace` seconds, and close every connection."""
         self._stopping = True
+        if self._tls:
+            self._tls.refuse()
         behind = asyncio.ensure_future(self._behind.stop(grace))
         if self._calls:
             await asyncio.to_thread(self._idle.wait, grace)
         await asyncio.sleep(FLUSH_SECONDS)
         await behind
+        if self._tls:
+            await self._tls.close()
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:

@@ -12,8 +12,8 @@ from recsys.service.edge import Edge
 from recsys.service.grpcio_transport import GrpcioTransport
 from recsys.settings import Settings, is_loopback
 
-# What only grpcio enforces.
-ONLY_GRPCIO = ("tls_certificate", "max_connections", "max_idle_seconds", "min_ping_seconds")
+# What only grpcio enforces; with TLS the second of them native does too.
+ONLY_GRPCIO, ONLY_WITH_TLS = ("min_ping_seconds",), ("max_connections", "max_idle_seconds")
 # Adds the services that are not ours, health and reflection, to a grpc.aio server.
 AddServices = Callable[[Any], None]
 
@@ -64,7 +64,8 @@ def chosen(settings: Settings) -> str:
         return "grpcio"
     installed = find_spec("pygrpc_native") is not None
     # A default asks for nothing: max_connections and its like have one.
-    asked = [name for name in ONLY_GRPCIO if name in settings.model_fields_set and getattr(settings, name)]
+    missing = (*ONLY_GRPCIO, *(() if settings.tls_certificate else ONLY_WITH_TLS))
+    asked = [name for name in missing if name in settings.model_fields_set and getattr(settings, name)]
     if settings.transport == "native":
         if not installed:
             raise SettingsError("transport: native needs the package pygrpc-native: pip install 'recsys[native]'")
@@ -75,4 +76,5 @@ def chosen(settings: Settings) -> str:
             )
         return "native"
     # It reads a message whole before it looks at its size: not for callers of whom nothing is known.
-    return "native" if installed and not asked and is_loopback(settings.host) else "grpcio"
+    known = is_loopback(settings.host) or settings.tls_client_ca
+    return "native" if installed and not asked and known else "grpcio"

@@ -23,6 +23,8 @@ from recsys.tls import CERTIFICATES, Named, expiries
 RECORD_BYTES = 1400
 # Files that a process has open beside its connections.
 OTHER_FILES = 64
+# Files that a connection of the native transport takes over TLS: its own, and both ends of what it is passed on by.
+FILES_WITH_TLS = 3
 HIGH_LEARNING_RATE = 0.03
 # As the alert has it: time enough to ask somebody for a new one.
 EXPIRING_SECONDS = 14 * 86_400.0
@@ -94,7 +96,8 @@ def _capacity(settings: Settings) -> Iterator[Finding]:
         found = f"torch_threads x server_processes = {wanted} on {cores} cores: threads would wait for one another"
         yield Finding("settings", "warning", found, "lower one of them")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files != resource.RLIM_INFINITY and files < settings.max_connections + OTHER_FILES:
+    each = FILES_WITH_TLS if settings.tls_certificate and settings.transport != "grpcio" else 1
+    if files != resource.RLIM_INFINITY and files < each * settings.max_connections + OTHER_FILES:
         found = f"max_connections = {settings.max_connections:,}, and a process may open {files:,} files"
         yield Finding("settings", "warning", found, "raise it (ulimit -n), or lower max_connections")
 
