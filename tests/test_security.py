@@ -12,7 +12,7 @@ import struct
 import subprocess
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -233,6 +233,83 @@ def test_over_tls_connections_are_bounded_from_their_first_packet_on(fronted: Se
         ):
             assert third.recv(1) == b""
         # Those that have gone are none any more.
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def sent_until_disconnected(connection: ssl.SSLSocket, pieces: Iterable[bytes]) -> int:
+    """Send piece after piece; count those that went before the peer hung up, and all where it does not."""
+    connection.settimeout(SECONDS)
+    for number, piece in enumerate(pieces):
+        try:
+            connection.sendall(piece)
+            # What nobody has answered yet is read on the way.
+            connection.settimeout(0.01)
+            with contextlib.suppress(TimeoutError):
+                if not connection.recv(1 << 16):
+                    return number
+            connection.settimeout(SECONDS)
+        except OSError:
+            return number
+    return number + 1
+
+
+def test_over_tls_a_peer_that_pings_all_the_time_is_disconnected(fronted: Settings, pki: Path) -> None:
+    ping = frame(6, 0, 0, b"12345678")
+    with serve(changed(fronted, min_ping_seconds=30.0)) as running:
+        with tls_connection(running, pki, "h2") as connection:
+            connection.sendall(PREFACE)
+            assert sent_until_disconnected(connection, [ping] * 100) < 100
+        # In pieces that end anywhere.
+        with tls_connection(running, pki, "h2") as connection:
+            everything = PREFACE + ping * 100
+            pieces = [everything[first : first + 7] for first in range(0, len(everything), 7)]
+            assert sent_until_disconnected(connection, pieces) < len(pieces)
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+    with serve(changed(fronted, min_ping_seconds=0.0)) as running, tls_connection(running, pki, "h2") as connection:
+        connection.sendall(PREFACE)
+        assert sent_until_disconnected(connection, [ping] * 100) == 100
+
+
+def test_over_tls_calls_between_pings_are_no_strikes(fronted: Settings, pki: Path) -> None:
+    ping = frame(6, 0, 0, b"12345678")
+    names = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": "/none",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    block = b"".join(
+        bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in names.items()
+    )
+    calls = [frame(1, 5, 1 + 2 * number, block) + ping for number in range(20)]
+    with serve(changed(fronted, min_ping_seconds=30.0)) as running, tls_connection(running, pki, "h2") as connection:
+        connection.sendall(PREFACE)
+        told = frames(connection)
+        for call in calls:
+            connection.sendall(call)
+            # Both are answered before the next are sent: HEADERS, and what is no ping but the answer to one.
+            left = {1, 6}
+            while left:
+                left.discard(next(told)[0])
+
+
+def test_over_tls_a_message_that_is_far_too_large_is_not_received(fronted: Settings, pki: Path) -> None:
+    limit = 1 << 20
+    method = "/recsys.v1.RecommenderService/Recommend"
+    with serve(changed(fronted, max_message_bytes=limit)) as running:
+        credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
+        with grpc.secure_channel(running.target, credentials) as channel:
+            for size, codes in ((limit + 1, {CODE.RESOURCE_EXHAUSTED}), (20 * limit, {CODE.UNAVAILABLE})):
+                with pytest.raises(grpc.RpcError) as caught:
+                    channel.unary_unary(method)(bytes(size), timeout=SECONDS)
+                assert caught.value.code() in codes
         with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
             assert client.recommend("u").version == 1
 

@@ -47,8 +47,8 @@ _log = logging.getLogger(__name__)
 class NativeTransport:
     """Serve in the thread of the batcher that scores; beside it while a batch takes long.
 
-    Enforces max_metadata_bytes and max_concurrent_streams; max_message_bytes only when a message has arrived;
-    max_connections and max_idle_seconds with TLS alone, and min_ping_seconds not at all.
+    Enforces max_metadata_bytes and max_concurrent_streams; max_message_bytes when a message has arrived; and over TLS
+    what TlsFront does.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """TlsFront: connections over TLS, passed on in the clear to a Unix socket that nobody else can reach.
 
-For a transport that knows no TLS. What it says of HTTP/2 is that clients must agree to speak it (ALPN "h2"), nothing
-else is looked at; the TLS itself is asyncio's, OpenSSL that is.
+For a transport that knows no TLS, and not what one peer may take of it. The TLS is asyncio's, OpenSSL that is; of
+HTTP/2 (RFC 9113) clients must agree to speak it, and the heads of the frames that they send are looked at.
 """
 
 from __future__ import annotations
@@ -16,23 +16,36 @@ from recsys.service.grpcio_transport import taken
 from recsys.settings import Settings, bracketed
 from recsys.tls import Named, read_pem
 
-# A peer that connects and does not finish its handshake holds a connection for this long, and for that long one that
-# is closed and does not say goodbye.
+# A peer that connects and does not finish its handshake holds a connection for this long, and one that is closed and
+# does not say goodbye for that long.
 HANDSHAKE_SECONDS = 10.0
 SHUTDOWN_SECONDS = 5.0
 # How long nobody is let in when the system has no descriptors left.
 PAUSE_SECONDS = 0.1
 BACKLOG = 1024
-# All gRPC speaks.
+# All gRPC speaks, and what a client begins with.
 PROTOCOL = "h2"
+PREFACE_BYTES = 24
+# Of a frame: its head, and kinds and flags in it.
+HEAD_BYTES, STREAM_BITS = 9, 0x7FFFFFFF
+DATA, RST_STREAM, PING = 0, 3, 6
+END_STREAM, ACK = 1, 1
+# A message up to so many times too large is received, so that its sender can be told; nobody sends one that is larger.
+TOO_LARGE = 2
+# Pings too soon after the last one, with nothing said to the client between them but that it came, before a client is
+# disconnected; as grpcio counts.
+STRIKES = 2
+PONG_BYTES = HEAD_BYTES + 8
 
 _log = logging.getLogger(__name__)
 
 
 class TlsFront:
-    """Listen from the moment it is made, on `port`; enforces max_connections and max_idle_seconds.
+    """Listen from the moment it is made, on `port`.
 
-    A connection is one from its first packet on, and idle while nothing at all is said, pings included.
+    Enforces max_connections, max_idle_seconds and min_ping_seconds, and bounds a message to TOO_LARGE times
+    max_message_bytes while it arrives. A connection is one from its first packet on, and idle while nothing at all is
+    said, pings included.
     """
 
     def __init__(self, settings: Settings, *, share_port: bool = False) -> None:
@@ -43,7 +56,7 @@ class TlsFront:
             AddressInUse: when the port is taken.
         """
         self._context = _context(settings)
-        self._most, self._idle_seconds = settings.max_connections, settings.max_idle_seconds
+        self._settings = settings
         self._socket = _listen(settings, share_port)
         self.port = int(self._socket.getsockname()[1])
         self._serving: set[asyncio.Task[None]] = set()
@@ -59,10 +72,10 @@ class TlsFront:
         self._socket.close()
 
     async def close(self) -> None:
-        """Close what connections there are, some time after `refuse`."""
+        """Close what connections there are at once, some time after `refuse`."""
         for task in self._serving:
             task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
+        await asyncio.gather(*self._serving)
 
     def _accept(self) -> None:
         try:
@@ -74,7 +87,7 @@ class TlsFront:
             self._loop.remove_reader(self._socket)
             self._loop.call_later(PAUSE_SECONDS, self._go_on)
             return
-        if len(self._serving) >= self._most:
+        if len(self._serving) >= self._settings.max_connections:
             connection.close()
             return
         connection.setblocking(False)
@@ -89,7 +102,7 @@ class TlsFront:
 
     async def _serve(self, connection: socket.socket) -> None:
         """Pass on all that either side of a connection says until one of them is gone or both have been silent."""
-        loop, outer, inner = self._loop, _Side(), _Side()
+        loop, outer, inner = self._loop, _Outer(self._settings), _Side()
         try:
             await loop.connect_accepted_socket(
                 lambda: outer,
@@ -104,42 +117,54 @@ class TlsFront:
         except OSError as error:
             # Strangers that speak no TLS, or show no certificate, are nothing to trouble anybody with.
             _log.debug("a connection came to nothing: %s", error)
-        finally:
-            outer.close()
-            inner.close()
+        except asyncio.CancelledError:
+            outer.abort()
+            inner.abort()
+        await outer.close()
+        await inner.close()
 
     async def _pass_on(self, outer: _Side, inner: _Side) -> None:
         outer.join(inner)
         inner.join(outer)
-        left = self._idle_seconds
+        left = idle = self._settings.max_idle_seconds
         ends = {outer.ended, inner.ended}
         while left > 0:
             if (await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED))[0]:
                 return
-            left = max(outer.heard, inner.heard) + self._idle_seconds - self._loop.time()
+            left = max(outer.heard, inner.heard) + idle - self._loop.time()
 
 
 class _Side(asyncio.Protocol):
     """One end of a connection; what it hears goes to the other, and no faster than that takes it."""
 
     transport: asyncio.Transport
-    _other: asyncio.Transport
+    _other: _Side
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
-        # When it last said anything, by the loop's clock.
-        self.heard = 0.0
+        # When it last said anything, by the loop's clock, and how many bytes it has said.
+        self.heard, self.said = 0.0, 0
 
     def join(self, other: _Side) -> None:
         """Begin to listen, and pass on what is heard to another that has a transport too."""
-        self._other, self.heard = other.transport, self._loop.time()
+        self._other, self.heard = other, self._loop.time()
         self.transport.resume_reading()
 
-    def close(self) -> None:
-        """Close it, where it ever was open."""
+    async def close(self) -> None:
+        """Send what is left, and wait until it is closed, if it ever was open; who is cancelled does not wait."""
         if hasattr(self, "transport"):
             self.transport.close()
+            try:
+                await asyncio.wait({self.ended})
+            except asyncio.CancelledError:
+                self.transport.abort()
+                await asyncio.wait({self.ended})
+
+    def abort(self) -> None:
+        """Close it at once, if it ever was open."""
+        if hasattr(self, "transport"):
+            self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -148,17 +173,75 @@ class _Side(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard = self._loop.time()
-        self._other.write(data)
+        self.said += len(data)
+        self._other.transport.write(data)
 
     def pause_writing(self) -> None:
-        self._other.pause_reading()
+        self._other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        self._other.resume_reading()
+        self._other.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
+
+
+class _Outer(_Side):
+    """The client's end, which is disconnected when it takes more than its share."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self._largest = TOO_LARGE * settings.max_message_bytes
+        self._most, self._ping_seconds = settings.max_concurrent_streams, settings.min_ping_seconds
+        # Bytes to come of the frame that is being received, and what has come of the next one's head.
+        self._left, self._head = PREFACE_BYTES, b""
+        # Bytes that have come of each message of which more is to come.
+        self._sent: dict[int, int] = {}
+        # When it last pinged, how often it has, and how many bytes it was told by then that are no pongs.
+        self._pinged, self._pings, self._told, self._strikes = float("-inf"), 0, 0, 0
+
+    def data_received(self, data: bytes) -> None:
+        if self._fair(data):
+            super().data_received(data)
+        else:
+            self.transport.abort()
+
+    def _fair(self, data: bytes) -> bool:
+        """Follow the frames, and tell whether the client keeps to its share."""
+        at = self._left
+        if self._head:
+            data, at = self._head + data, 0
+        while len(data) - at >= HEAD_BYTES:
+            size, kind, flags = int.from_bytes(data[at : at + 3]), data[at + 3], data[at + 4]
+            stream = int.from_bytes(data[at + 5 : at + HEAD_BYTES]) & STREAM_BITS
+            if kind == DATA and not self._room(stream, size, flags):
+                return False
+            if kind == RST_STREAM:
+                self._sent.pop(stream, None)
+            if kind == PING and not flags & ACK and not self._patient():
+                return False
+            at += HEAD_BYTES + size
+        self._left = max(0, at - len(data))
+        self._head = data[at:]
+        return True
+
+    def _room(self, stream: int, size: int, flags: int) -> bool:
+        """Take in that so much came of a call's message."""
+        sent = self._sent.pop(stream, 0) + size
+        if not flags & END_STREAM:
+            self._sent[stream] = sent
+        # Calls that were answered early may leave a message unfinished; nobody leaves many.
+        return sent <= self._largest and len(self._sent) <= 2 * self._most
+
+    def _patient(self) -> bool:
+        """Take in a ping."""
+        now, told = self._loop.time(), self._other.said - PONG_BYTES * self._pings
+        # Clients ping to learn how fast answers come, too. While pongs are due what was told is taken for less.
+        soon = now - self._pinged < self._ping_seconds and told <= self._told
+        self._strikes = self._strikes + 1 if soon else 0
+        self._pinged, self._pings, self._told = now, self._pings + 1, max(told, self._told)
+        return self._strikes <= STRIKES
 
 
 def _context(settings: Settings) -> ssl.SSLContext:

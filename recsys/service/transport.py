@@ -12,8 +12,8 @@ from recsys.service.edge import Edge
 from recsys.service.grpcio_transport import GrpcioTransport
 from recsys.settings import Settings, is_loopback
 
-# What only grpcio enforces; with TLS the second of them native does too.
-ONLY_GRPCIO, ONLY_WITH_TLS = ("min_ping_seconds",), ("max_connections", "max_idle_seconds")
+# What native enforces over TLS alone.
+OVER_TLS = ("max_connections", "max_idle_seconds", "min_ping_seconds")
 # Adds the services that are not ours, health and reflection, to a grpc.aio server.
 AddServices = Callable[[Any], None]
 
@@ -64,17 +64,17 @@ def chosen(settings: Settings) -> str:
         return "grpcio"
     installed = find_spec("pygrpc_native") is not None
     # A default asks for nothing: max_connections and its like have one.
-    missing = (*ONLY_GRPCIO, *(() if settings.tls_certificate else ONLY_WITH_TLS))
+    missing = () if settings.tls_certificate else OVER_TLS
     asked = [name for name in missing if name in settings.model_fields_set and getattr(settings, name)]
     if settings.transport == "native":
         if not installed:
             raise SettingsError("transport: native needs the package pygrpc-native: pip install 'recsys[native]'")
         if asked:
             raise SettingsError(
-                f"transport, {', '.join(asked)}: native cannot do what {' and '.join(asked)} ask for; set "
+                f"transport, {', '.join(asked)}: native cannot do what {' and '.join(asked)} ask for without TLS; set "
                 "transport = grpcio, or leave them out"
             )
         return "native"
-    # It reads a message whole before it looks at its size: not for callers of whom nothing is known.
-    known = is_loopback(settings.host) or settings.tls_client_ca
-    return "native" if installed and not asked and known else "grpcio"
+    # Without TLS it reads a message whole before it looks at its size: not for callers from other machines.
+    bounded = is_loopback(settings.host) or settings.tls_certificate
+    return "native" if installed and not asked and bounded else "grpcio"
