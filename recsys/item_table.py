@@ -247,6 +247,10 @@ class ItemTable:
         """
         return self._rows.used(number_N, without)
 
+    def left_out(self, without: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return, ascending, the free rows and those of some items, whose rows, ascending, are given."""
+        return self._rows.left_out(without)
+
     def assign(self, rows: Sequence[int] | NDArray[np.integer], item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Give rows, ascending, to items, whoever had them, "" to leave one free; return those that changed hands.
 

@@ -19,9 +19,15 @@ from trainer.full_ranking import Ranked, rank
 from trainer.learner import Learner
 from trainer.prequential import Prequential
 from trainer.rebuild import Rebuild
-from trainer.sample import Sample
+from trainer.sample import Drawn, Sample
 
 ITEMS = 600
+NONE = np.empty(0, np.int64)
+
+
+def _sample(table: ItemTable, certain: np.ndarray, drawn: np.ndarray) -> Sample:
+    """Sample a table all of whose rows may be drawn."""
+    return Sample(table, certain, Drawn(np.sort(drawn), table.rows - 1, NONE))
 
 
 def _ranked(
@@ -39,7 +45,7 @@ def _ranked(
 @pytest.mark.parametrize("certain", [0, 40, ITEMS])
 def test_a_sample_of_all_rows_finds_what_all_rows_do(certain: int) -> None:
     table, histories, item_B = _world(ITEMS, 3)
-    sample = Sample(table, np.arange(certain), np.arange(1, table.rows))
+    sample = _sample(table, np.arange(certain), np.arange(1, table.rows))
     assert sample.among(np.array([5, 5, 9])).weight_U.tolist() == [1.0] * table.rows
     torch.testing.assert_close(sample[item_B], table.standing()[item_B])
     (one, one_gradients), (other, other_gradients) = (
@@ -63,7 +69,7 @@ def test_what_is_drawn_stands_for_all_in_the_mean() -> None:
     shown_B = exact.rank_B > 0
     ranks, sums = [], []
     for _ in range(60):
-        sample = Sample(table, lately, draw.choice(np.arange(1, table.rows), 60, replace=False))
+        sample = _sample(table, lately, draw.choice(np.arange(1, table.rows), 60, replace=False))
         rows_U, weight_U = sample.among(item_B.numpy())
         # Each row of the table is stood for once.
         assert weight_U.sum() == pytest.approx(table.rows)
@@ -79,6 +85,55 @@ def test_what_is_drawn_stands_for_all_in_the_mean() -> None:
         assert np.std(estimates, 0).max() > 0
         assert (abs(mean - true) < 4 * error + 0.51).mean() > 0.95
         assert mean.mean() == pytest.approx(true.mean(), rel=0.05)
+
+
+def test_free_and_cold_rows_are_never_drawn_and_the_rest_is_stood_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.sample.DRAWN", 60)
+    table, _, _ = _world(ITEMS, 3)
+    gone, cold = np.arange(470, 520), np.arange(1, 600, 4)
+    cold = cold[~np.isin(cold, gone)]
+    table.remove(gone)
+    for name in ("trend", "total"):
+        table.columns[name][cold] = 0
+    left_out = np.union1d(gone, cold)
+    population = np.setdiff1d(np.arange(1, table.rows), left_out)
+    # Some of what is looked at for certain is no part of the population.
+    lately, led = np.array([3, 4, 4, 70, int(cold[7])]), np.array([8, 11, int(gone[3])])
+    certain = np.unique([*lately, *led, PADDING_ROW])
+    rest = np.setdiff1d(population, certain)
+    value_I = np.random.default_rng(5).exponential(size=table.rows)
+    exact = value_I[rest].sum()
+    draw, estimates, variances = np.random.default_rng(1), [], []
+    for _ in range(400):
+        sample = Sample.draw(table, lately, cold, draw)
+        rows_U, weight_U = sample.among(led)
+        drawn_N = np.setdiff1d(rows_U, certain)
+        assert np.isin(drawn_N, population).all()
+        assert weight_U.sum() == pytest.approx(len(population) + np.isin(certain, [0, *left_out]).sum(), rel=1e-5)
+        estimates.append((weight_U * value_I[rows_U])[np.isin(rows_U, drawn_N)].sum())
+        # Of rows that are drawn without putting any back.
+        share = len(drawn_N) / len(rest)
+        variances.append(len(rest) ** 2 * value_I[rest].var(ddof=1) / len(drawn_N) * (1 - share))
+    error = np.sqrt(np.mean(variances) / len(estimates))
+    assert abs(np.mean(estimates) - exact) < 4 * error
+    # As little scatter as there can be: four standard errors of a variance of so many.
+    assert np.var(estimates) == pytest.approx(np.mean(variances), rel=4 * np.sqrt(2 / len(estimates)) + 0.1)
+
+
+def test_what_is_left_out_has_its_part_in_all_that_trends() -> None:
+    table, _, item_B = _world(ITEMS, 3)
+    table.remove(np.arange(500, 520))
+    trends = table.column("trend").any(1).numpy()
+    cold = np.setdiff1d(np.flatnonzero(~trends)[1::2], table.free_rows)
+    sample = Sample.draw(table, np.flatnonzero(trends), cold, np.random.default_rng(1))
+    shares_B = table.standing()[:, 2].log_softmax(0)[item_B]
+    torch.testing.assert_close(sample.log_share(item_B), shares_B, atol=1e-5, rtol=1e-5)
+
+
+def test_where_nothing_may_be_drawn_the_certain_rows_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, _, _ = _world(20, 3)
+    rows_U, weight_U = Sample.draw(table, np.array([0, 0]), np.arange(1, 21), np.random.default_rng(1)).among(NONE)
+    assert (rows_U.tolist(), weight_U.tolist()) == ([PADDING_ROW], [1.0])
 
 
 def _sampled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +194,6 @@ def test_the_gate_looks_at_the_same_rows_of_both_versions(settings: Settings, mo
     found, served = gate._test(own, examples, learner.replica), gate._test(gate._prequential, examples, gate._served)
     assert found.item_loss_B.tolist() == served.item_loss_B.tolist()
     # By another sample the same version differs from itself.
-    learner.sample = Sample.draw(learner.table, np.array([1, 2]), np.random.default_rng(1))
+    learner.sample = Sample.draw(learner.table, np.array([1, 2]), NONE, np.random.default_rng(1))
     other = gate._test(gate._prequential, examples, gate._served)
     assert other.item_loss_B.tolist() != found.item_loss_B.tolist()

@@ -175,7 +175,7 @@ class Learner:
             return self.table.standing()
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, SAMPLING, 0]))
         (lately_B,) = self.window.columns(LATELY, "item_B")
-        self.sample = Sample.draw(self.table, lately_B, random)
+        self.sample = Sample.draw(self.table, lately_B, self.contents.cold_rows, random)
         return self.sample
 
     def fade(self, by: float) -> None:
