@@ -9,12 +9,13 @@ from learning import CPU, append, fork, head, learn_all, make_feedback, small, t
 from test_full_ranking import SETTINGS, USERS, _world
 from test_gate import _learner, _walk
 
+from recsys.encoding import RowHistory
 from recsys.item_rows import PADDING_ROW
 from recsys.item_table import ItemTable
 from recsys.network import Histories, build_network
 from recsys.settings import Settings
 from recsys.store.connection import connect
-from trainer.examples import encode
+from trainer.examples import Event, Examples, encode
 from trainer.full_ranking import Ranked, rank
 from trainer.learner import Learner
 from trainer.prequential import Prequential
@@ -70,7 +71,7 @@ def test_what_is_drawn_stands_for_all_in_the_mean() -> None:
     ranks, sums = [], []
     for _ in range(60):
         sample = _sample(table, lately, draw.choice(np.arange(1, table.rows), 60, replace=False))
-        rows_U, weight_U = sample.among(item_B.numpy())
+        rows_U, weight_U, _ = sample.among(item_B.numpy())
         # Each row of the table is stood for once.
         assert weight_U.sum() == pytest.approx(table.rows)
         assert (np.diff(rows_U) > 0).all()
@@ -106,7 +107,7 @@ def test_free_and_cold_rows_are_never_drawn_and_the_rest_is_stood_for(monkeypatc
     draw, estimates, variances = np.random.default_rng(1), [], []
     for _ in range(400):
         sample = Sample.draw(table, lately, cold, draw)
-        rows_U, weight_U = sample.among(led)
+        rows_U, weight_U, _ = sample.among(led)
         drawn_N = np.setdiff1d(rows_U, certain)
         assert np.isin(drawn_N, population).all()
         assert weight_U.sum() == pytest.approx(len(population) + np.isin(certain, [0, *left_out]).sum(), rel=1e-5)
@@ -132,8 +133,8 @@ def test_what_is_left_out_has_its_part_in_all_that_trends() -> None:
 
 def test_where_nothing_may_be_drawn_the_certain_rows_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
     table, _, _ = _world(20, 3)
-    rows_U, weight_U = Sample.draw(table, np.array([0, 0]), np.arange(1, 21), np.random.default_rng(1)).among(NONE)
-    assert (rows_U.tolist(), weight_U.tolist()) == ([PADDING_ROW], [1.0])
+    sample = Sample.draw(table, np.array([0, 0]), np.arange(1, 21), np.random.default_rng(1))
+    assert [each.tolist() for each in sample.among(NONE)] == [[PADDING_ROW], [1.0], [PADDING_ROW]]
 
 
 def _sampled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,3 +198,52 @@ def test_the_gate_looks_at_the_same_rows_of_both_versions(settings: Settings, mo
     learner.sample = Sample.draw(learner.table, np.array([1, 2]), NONE, np.random.default_rng(1))
     other = gate._test(gate._prequential, examples, gate._served)
     assert other.item_loss_B.tolist() != found.item_loss_B.tolist()
+
+
+def _wander(settings: Settings, seed: int, count: int) -> Examples:
+    """Have users who chose one of 300 items choose, or only see, one of the next few."""
+    random = np.random.default_rng(seed)
+    starts, steps, classes = random.integers(1, 301, count), random.integers(1, 9, count), random.integers(0, 2, count)
+    events = zip(starts.tolist(), steps.tolist(), classes.tolist(), strict=True)
+    return encode(
+        [Event((s + step) % 300 + 1, c, 1000, RowHistory((s,), (1,), (0,)), {}) for s, step, c in events], settings
+    )
+
+
+@pytest.mark.parametrize("size", [64, 200], ids=["together", "in parts"])
+def test_the_gate_ranks_some_of_a_batch_among_the_rows_that_the_learner_looked_at(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    _sampled(monkeypatch)
+    world = small(settings, gate_events=16)
+    learner, gate = _learner(world, 0)
+    learner.allocate(f"more-{n}" for n in range(300))
+    for number in range(30):
+        learner.step(_wander(world, number, 64))
+    gate.accept(learner.take_changed())
+    own = Prequential(world, learner.network, learner.table)
+    examples = _wander(world, 100, size)
+    found = gate._test(own, examples, learner.replica)
+    assert found.look is not None
+    chosen = np.flatnonzero(np.isfinite(found.item_loss_B))
+    assert found.look.examples == (size if len(chosen) <= 64 else chosen[64])
+    some = np.linspace(0, found.look.examples - 1, 16).astype(np.int64)
+    alike, apart = (
+        gate._test(gate._prequential, examples.take(some), gate._served, look).item_loss_B - found.item_loss_B[some]
+        for look in (found.look, None)
+    )
+    # Nothing was learned in between: what differs is what was looked at.
+    assert np.nanmax(abs(alike)) < 1e-5 < 1e-2 < np.nanmax(abs(apart))
+    # So it is asked when a batch is learned.
+    looked_at: list[set[int]] = []
+    among = Sample.among
+    monkeypatch.setattr(Sample, "among", lambda *given: (found := among(*given), looked_at.append(set(found[0])))[0])
+    gate.observe(examples, learner.step(examples))
+    report = learner.step(examples)
+    assert report.look is not None
+    looked_at.clear()
+    gate.observe(examples, report)
+    # The served version's own memory may lead to what the learner's has no room for any more.
+    assert looked_at[-1] >= set(report.look.certain_C)
+    some = np.linspace(0, report.look.examples - 1, 16).astype(np.int64)
+    assert len(gate.ranking.differences) == np.isfinite(found.item_loss_B[some]).sum() > 0

@@ -44,10 +44,14 @@ class Drawn(NamedTuple):
 
 
 class Among(NamedTuple):
-    """Hold the rows that some users' items are ranked among, ascending, with how many rows each stands for."""
+    """Hold the rows that some users' items are ranked among, ascending, with how many rows each stands for.
+
+    `certain_C` are those of them that were looked at for certain.
+    """
 
     rows_U: Rows
     weight_U: Floats
+    certain_C: Rows
 
 
 class Sample:
@@ -57,7 +61,7 @@ class Sample:
         """Take rows that are among it for certain, which may repeat themselves, and those drawn, ascending."""
         self._table, self._certain, self._drawn = table, certain_N, drawn
         self._largest_T: Floats | None = None
-        rows_N, weight_N = self.among(certain_N)
+        rows_N, weight_N, _ = self.among(certain_N)
         found = self._standing(rows_N)
         # The trends of all rows asked for are told from these: feedback was lately on what trends most.
         self._largest_T = found.largest_T
@@ -77,9 +81,12 @@ class Sample:
         drawn = Drawn(table.used_rows(number_N, cold_X), population, table.left_out(cold_X))
         return cls(table, np.unique(lately_N).astype(np.int64), drawn)
 
-    def of(self, table: ItemTable) -> Sample:
-        """Return the same rows of another table that has them all."""
-        return Sample(table, self._certain, self._drawn)
+    def of(self, table: ItemTable, certain_C: Rows | None = None) -> Sample:
+        """Return the same rows of another table that has them all, of which some more are looked at for certain."""
+        found = Sample(table, self._certain, self._drawn)
+        if certain_C is not None:
+            found._certain = certain_C
+        return found
 
     def among(self, certain_N: npt.NDArray[np.integer]) -> Among:
         """Return the sample where these rows are looked at for certain besides its own."""
@@ -92,7 +99,7 @@ class Sample:
         place_N = np.searchsorted(certain_U, drawn_N)
         rows_U = np.insert(certain_U, place_N, drawn_N)
         weight_U = np.insert(np.ones(len(certain_U), np.float32), place_N, np.float32(stands_for))
-        return Among(rows_U, weight_U)
+        return Among(rows_U, weight_U, certain_U)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Return the standing of any rows, as ItemTable.standing has it: (..., S)."""
