@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from learning import CPU, append, fork, head, learn_all, make_feedback, small, trainer, versions
+from learning import CPU, append, fork, head, learn_all, make_feedback, small, tick, trainer, versions
 from test_full_ranking import SETTINGS, USERS, _world
 from test_gate import _learner, _walk
 
 from recsys.encoding import RowHistory
+from recsys.feedback_log import FeedbackLog
 from recsys.item_rows import PADDING_ROW
 from recsys.item_table import ItemTable
 from recsys.network import Histories, build_network
@@ -17,6 +18,7 @@ from recsys.settings import Settings
 from recsys.store.connection import connect
 from trainer.examples import Event, Examples, encode
 from trainer.full_ranking import Ranked, rank
+from trainer.gate import Gate
 from trainer.learner import Learner
 from trainer.prequential import Prequential
 from trainer.rebuild import Rebuild
@@ -247,3 +249,37 @@ def test_the_gate_ranks_some_of_a_batch_among_the_rows_that_the_learner_looked_a
     assert looked_at[-1] >= set(report.look.certain_C)
     some = np.linspace(0, report.look.examples - 1, 16).astype(np.int64)
     assert len(gate.ranking.differences) == np.isfinite(found.item_loss_B[some]).sum() > 0
+
+
+def test_a_version_of_the_catalogue_alone_is_judged_alike_after_a_restart(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sampled(monkeypatch)
+    monkeypatch.setattr("trainer.gate.WINDOW_VERSIONS", 1)
+    base = small(settings)
+    append(base, make_feedback(90))
+    tick(base)
+    asked: list[int] = []
+    test = Gate._test
+    monkeypatch.setattr(Gate, "_test", lambda gate, *given: (asked.append(gate._batches), test(gate, *given))[1])
+    learn_all(base)
+    assert asked
+    for name in "ab":
+        asked.clear()
+        with trainer(base) as daemon:
+            daemon.start()
+            version = daemon.version
+            with connect(base) as client:
+                FeedbackLog(client, base).append_items({f"fresh-{name}": ["x"]})
+            tick(base)
+            monkeypatch.setattr(daemon.learner.table, "standing", lambda: pytest.fail("all rows were looked at"))
+            while daemon.step():
+                pass
+            assert daemon.version == version + 1
+            assert not asked
+            # What is learned next is asked again.
+            append(base, make_feedback(8, ord(name), first=ord(name) * 8))
+            tick(base)
+            while daemon.step():
+                pass
+            assert asked

@@ -141,7 +141,8 @@ class Gate:
     def _past(self) -> Comparison | None:
         window: ReplayWindow = self._learner.window
         settings = self._settings
-        if len(window) < WINDOW_VERSIONS * settings.batch_size * settings.batches_per_version:
+        # Where only the catalogue changed nothing was learned, nor are there rows that the learner looked at.
+        if not self._batches or len(window) < WINDOW_VERSIONS * settings.batch_size * settings.batches_per_version:
             return None
         random = np.random.Generator(np.random.Philox(key=settings.seed, counter=[0, self._learner.steps, 2, 0]))
         examples = window.draw(settings.gate_events * settings.batches_per_version, random)
