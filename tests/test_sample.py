@@ -163,6 +163,22 @@ def test_a_step_on_a_large_table_looks_at_no_more_than_a_sample(
     assert 5 < max(looked_at) < 60
 
 
+def test_what_was_chosen_is_certain_however_much_was_only_shown_since(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sampled(monkeypatch)
+    learner = Learner(small(settings), CPU)
+    learner.allocate(f"item-{n}" for n in range(300))
+    nothing = RowHistory((), (), ())
+    for first, feedback_class in ((1, 1), (21, 0), (41, 0)):
+        events = [Event(row, feedback_class, 1000, nothing, {}) for row in range(first, first + 20)]
+        learner.step(encode(events, learner.settings))
+    learner._look()
+    assert learner.sample is not None
+    # Of each kind nine, the newest.
+    assert set(learner.sample.among(NONE).certain_C) == {PADDING_ROW, *range(12, 21), *range(52, 61)}
+
+
 def test_versions_are_the_same_wherever_the_trainer_restarts_and_when_rebuilt(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

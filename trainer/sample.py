@@ -1,6 +1,7 @@
 """Sample: some rows of a large table that stand for all, so that a step costs what it touches and not what there is.
 
-What feedback was on lately is among them for certain: it trends most, and is most of what histories do not lead to.
+What feedback was on lately, and what was chosen lately, is among them for certain: it trends most, and is most of what
+histories do not lead to.
 Of the rest some rows are drawn, all alike, as negatives are; each stands for as many as there are to one drawn, so that
 sums over them are in the mean those over all rows. Rows that are free or cold (see trainer.contents) are left out:
 nobody chose what they hold. Shapes: N rows of the sample, U rows looked at, X rows left out, S standings.
@@ -21,7 +22,8 @@ from recsys.standing import COLUMNS, SLOWEST_TREND, TREND_FLOOR, Standing
 
 # A table with more rows is looked at by a sample: from about here on that costs less (see benchmarks/RESULTS.md).
 MANY_ROWS = 1 << 14
-# So much of the newest feedback says which items are among it for certain; so many rows are drawn.
+# So much of the newest feedback, and so many of the newest choices, say which items are among it for certain; so many
+# rows are drawn.
 LATELY, DRAWN = 4096, 2048
 # What its random numbers are for: one number a purpose, beside those of learner, gate and epochs.
 SAMPLING = 4
