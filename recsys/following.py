@@ -113,6 +113,19 @@ def _get_in(successor_M: Integers, weight_M: Floats, new_N: Integers, heavy_N: F
 
 
 @compiled
+def forget(successor_IM: Integers, weight_IM: Floats, gone_I: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Leave rows that are gone out of what followed items; tell which items that changes."""
+    lost_I = np.zeros(len(gone_I), np.bool_)
+    for item in range(len(gone_I)):
+        for slot in range(successor_IM.shape[1]):
+            after = successor_IM[item, slot]
+            if after != 0 and gone_I[after]:
+                successor_IM[item, slot], weight_IM[item, slot] = 0, 0.0
+                lost_I[item] = True
+    return lost_I
+
+
+@compiled
 def recount(
     successor_IM: Integers,
     weight_IM: Floats,

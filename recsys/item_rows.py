@@ -92,13 +92,17 @@ class ItemRows:
 
         Items whose rows, ascending, are given in `without` are not counted.
         """
-        skipped = self.free_rows
-        if without is not None and len(without):
-            # Both are sorted already: to join them costs the more the longer they are.
-            skipped = np.union1d(skipped, without) if len(skipped) else without
+        skipped = self.free_rows if without is None else self.left_out(without)
         # Before the k-th row that is skipped stand as many items as its row less k.
         before = skipped - np.arange(len(skipped))
         return number_N + np.searchsorted(before, number_N, side="right")
+
+    def left_out(self, without: Longs) -> Longs:
+        """Return, ascending, the free rows and those of some items, whose rows, ascending, are given."""
+        if not len(self.free_rows) or not len(without):
+            return without if len(without) else self.free_rows
+        # A stable sort finds the two runs and merges them: 1 ms for 300,000, where np.union1d takes 100.
+        return np.sort(np.concatenate([self.free_rows, without]), kind="stable")
 
     def allocate(self, item_ids: Iterable[str]) -> list[tuple[str, int]]:
         """Give a row to each item that has none, in the order given, free ones first; return those with their rows."""
@@ -140,7 +144,7 @@ class ItemRows:
             row_R, ids = row_R[changed_R], ids.take(changed_R)
         self._give(row_R, ids)
         taken, freed = row_R[ids.length_N > 0], row_R[ids.length_N == 0]
-        if len(freed) or len(self.free_rows):
+        if len(freed) or (len(taken) and len(self.free_rows)):
             self.free_rows = np.union1d(np.setdiff1d(self.free_rows, taken), freed)
         return row_R
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.following import follow, recount
+from recsys.following import follow, forget, recount
 from recsys.item_rows import PADDING_ROW as PADDING_ROW
 from recsys.item_rows import Index, ItemRows
 from recsys.packed_ids import PackedIds
@@ -230,15 +230,13 @@ class ItemTable:
         gone = torch.from_numpy(rows_R).to(self.device)
         for column in self.columns.values():
             column[gone] = 0
-        changed_I = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
-        gone_I = changed_I.index_fill(0, gone, True)
-        for first in range(0, self.rows, STRETCH):
-            here = slice(first, min(first + STRETCH, self.rows))
-            lost_IM = gone_I[self.columns["successor"][here].to(torch.int64)]
-            for name in ("successor", "successor_weight"):
-                self.columns[name][here].masked_fill_(lost_IM, 0)
-            changed_I[here] = lost_IM.any(1) | gone_I[here]
-        return changed_I.nonzero()[:, 0]
+        gone_I = torch.zeros(self.rows, dtype=torch.bool, device=self.device).index_fill_(0, gone, True)
+        successors = self.column("successor"), self.column("successor_weight")
+        if self.device.type == "cpu":
+            lost_I = torch.from_numpy(forget(*(each.numpy() for each in successors), gone_I.numpy()))
+        else:
+            lost_I = _forget_in_tensors(*successors, gone_I)
+        return (lost_I | gone_I).nonzero()[:, 0]
 
     def used_rows(self, number_N: NDArray[np.int64], without: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Return the rows of the items with these numbers, counted from 1 in the order of rows.
@@ -246,6 +244,10 @@ class ItemTable:
         Items whose rows, ascending, are given in `without` are not counted.
         """
         return self._rows.used(number_N, without)
+
+    def left_out(self, without: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return, ascending, the free rows and those of some items, whose rows, ascending, are given."""
+        return self._rows.left_out(without)
 
     def assign(self, rows: Sequence[int] | NDArray[np.integer], item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Give rows, ascending, to items, whoever had them, "" to leave one free; return those that changed hands.
@@ -461,6 +463,18 @@ class ItemTable:
             weights[row_N, slot_N] = new_weight[gets_N]
         touched: Tensor = torch.unique(before_P)
         return touched
+
+
+def _forget_in_tensors(successor_IM: Tensor, weight_IM: Tensor, gone_I: Tensor) -> Tensor:
+    """Do what recsys.following's `forget` does, on any device."""
+    lost_I = torch.zeros_like(gone_I)
+    for first in range(0, len(gone_I), STRETCH):
+        here = slice(first, first + STRETCH)
+        lost_IM = gone_I[successor_IM[here].to(torch.int64)]
+        for column_IM in (successor_IM, weight_IM):
+            column_IM[here].masked_fill_(lost_IM, 0)
+        lost_I[here] = lost_IM.any(1)
+    return lost_I
 
 
 def _enlarged(name: str, column: Tensor, rows: int) -> Tensor:

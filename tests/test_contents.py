@@ -24,6 +24,7 @@ from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.weights import WeightStore
 from recsys.weights.earlier import roll_back
+from trainer import contents as contents_module
 from trainer.contents import CATEGORIES, COLD
 from trainer.learner import Learner
 from trainer.rebuild import Rebuild
@@ -106,6 +107,53 @@ def test_a_cold_item_stands_at_the_mean_of_its_categories(settings: Settings) ->
     learner.catalogue({"one": ["y"], "a": ["y"]})
     assert vectors[row("one")].tolist() == [(1.0 + 10.0 + 100.0) / 3] * 8
     assert vectors[row("a")].tolist() == [1.0] * 8
+
+
+def test_what_categories_hold_is_known_however_it_came_about(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items get, change and lose categories, are chosen, and leave; vectors are means of plain loops over all of it."""
+    # Few digests, so that several categories share the upper half of theirs.
+    monkeypatch.setattr("trainer.contents._digest", lambda name: int(name) % 3 - 1 << 32 | int(name) + 1)
+    looked_at: list[int] = []
+    paired = contents_module._paired
+    monkeypatch.setattr(
+        "trainer.contents._paired", lambda rows, digests: (looked_at.append(len(rows)), paired(rows, digests))[1]
+    )
+    learner, draw = Learner(small(settings), CPU), random.Random(4)
+    table, said = learner.table, dict[str, list[str]]()
+    learner.allocate(f"item-{n}" for n in range(60))
+    for turn in range(60):
+        changed = {f"item-{draw.randrange(150)}": draw.sample("012345678", draw.randrange(4)) for _ in range(5)}
+        learner.catalogue(changed)
+        said |= {item_id: names for item_id, names in changed.items() if table.row(item_id)}
+        learner.contents.end(np.array(sorted({draw.choice(learner.contents.cold_rows) for _ in range(turn % 2)}), int))
+        warm = np.setdiff1d(table.used_rows(np.arange(1, len(table) + 1)), learner.contents.cold_rows)
+        table.columns["total"][draw.choice(warm)] += 1
+        table.columns["vector"][warm] = torch.randn(len(warm), 8, generator=torch.Generator().manual_seed(turn))
+        if turn % 20 == 19:
+            gone = np.sort(draw.sample(warm.tolist(), 5))
+            for row in gone:
+                said.pop(table.item_ids[row], None)
+            learner.free(gone)
+        if turn == 30:
+            restored = Learner(small(settings), CPU)
+            restored.restore(*learner.write_all())
+            learner, table = restored, restored.table
+        looked_at.clear()
+        cold = learner.contents.cold_rows
+        learner.contents.follow(cold)
+        # But for where rows were freed or restored, all that is looked at is what was asked for.
+        assert (not looked_at) == (turn != 30 and turn % 20 != 19)
+        chosen = {item_id: names for item_id, names in said.items() if table.columns["total"][table.row(item_id)] > 0}
+        for row in cold.tolist():
+            members = [
+                [table.row(each) for each in chosen if name in chosen[each]] for name in said[table.item_ids[row]]
+            ]
+            if any(members):
+                means = [table.columns["vector"][rows].mean(0) for rows in members if rows]
+                torch.testing.assert_close(table.columns["vector"][row], torch.stack(means).mean(0))
+    assert len(cold) > 20
 
 
 def test_negatives_are_never_cold() -> None:

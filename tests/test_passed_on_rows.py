@@ -16,7 +16,8 @@ from learning import CPU, small
 from recsys.catalog import Catalog, CatalogMirror
 from recsys.encoding import RowHistory
 from recsys.errors import CorruptWeights
-from recsys.item_table import ItemTable
+from recsys.following import forget
+from recsys.item_table import ItemTable, _forget_in_tensors
 from recsys.scorer import Query, Scorer
 from recsys.settings import Settings
 from recsys.store.v1.log_pb2 import HistoryEntry
@@ -90,6 +91,20 @@ def test_a_removed_item_leaves_nothing_behind() -> None:
     assert table.allocate(["new"]) == [("new", 2)]
     assert torch.equal(table.column("vector")[2], first)
     assert table.remove(np.array([1])).tolist() == [1, 3]
+
+
+def test_loop_and_tensors_forget_the_same() -> None:
+    draw = np.random.default_rng(2)
+    successor_IM = draw.integers(0, 500, (500, 6)).astype(np.int32) * (draw.random((500, 6)) < 0.3)
+    weight_IM = (successor_IM * draw.random((500, 6))).astype(np.float32)
+    gone_I = draw.random(500) < 0.1
+    gone_I[0] = False
+    loop, tensors = (successor_IM.astype(np.int32), weight_IM.copy()), (successor_IM.astype(np.int32), weight_IM.copy())
+    lost_I = forget(*loop, gone_I)
+    assert lost_I.tolist() == _forget_in_tensors(*map(torch.from_numpy, (*tensors, gone_I))).tolist()
+    for one, other, before in zip(loop, tensors, (successor_IM, weight_IM), strict=True):
+        assert one.tolist() == other.tolist() == np.where(gone_I[successor_IM], 0, before).tolist()
+    assert 0 < lost_I.sum() < 250
 
 
 def test_feedback_without_a_row_moves_the_clock_alone() -> None:

@@ -4,6 +4,9 @@ Such an item is cold. Its vector is made of those of items that people chose and
 over its categories of the mean of each. It stays so, and is nobody's negative, until the first feedback on the item;
 from then on it learns like any other. What is known stands in columns of the item table that servers never see.
 
+Which items share a category is told by an index, so that to make a vector costs what its categories hold. Means are
+taken anew, in the order of rows: a sum kept up would depend on how it came about, and differ after a restart.
+
 Shapes: R rows given, K categories kept of an item, C distinct categories, D dimension, P pairs of item and category.
 """
 
@@ -25,6 +28,8 @@ CATEGORIES_KEPT = 8
 CATEGORIES, COLD = "categories", "cold"
 # What the trainer's payload holds of an item beside its row, by column.
 CONTENT_COLUMNS = (CATEGORIES, COLD)
+# A pair of item and category is one number, the row in its lower half and in the upper one the digest's.
+UPPER, LOWER = -1 << 32, (1 << 32) - 1
 # Cold items follow what their categories have learned each time that the feedback has grown by this.
 FOLLOWING_GROWTH = 1.5
 
@@ -45,6 +50,11 @@ class Contents:
 
     def look_again(self) -> None:
         """Take note that the columns were changed from outside."""
+        self._look_for_cold()
+        # Made when it is asked for.
+        self._pair_P: NDArray[np.int64] | None = None
+
+    def _look_for_cold(self) -> None:
         # Synchronises with the GPU: which rows are cold decides what the host draws.
         self.cold_rows: NDArray[np.int64] = self._table.column(COLD).nonzero()[:, 0].cpu().numpy()
 
@@ -54,6 +64,9 @@ class Contents:
         for place, each in enumerate(categories):
             kept = list(dict.fromkeys(each))[:CATEGORIES_KEPT]
             digests[place, : len(kept)] = [_digest(category) for category in kept]
+        pair_P = np.delete(self._pairs(), np.searchsorted(self._pairs(), _paired(rows, self.digests(rows))))
+        new_P = _paired(rows, digests)
+        self._pair_P = np.insert(pair_P, np.searchsorted(pair_P, new_P), new_P)
         device = self._table.device
         self._table.columns[CATEGORIES][to_tensor(rows, device)] = to_tensor(digests, device)
         self._set_cold(new, 1)
@@ -89,36 +102,40 @@ class Contents:
         table = self._table
         rows_R = to_tensor(rows, table.device)
         categories_RK = table.columns[CATEGORIES][rows_R]
-        known_C = torch.unique(categories_RK)
-        known_C = known_C[known_C != 0]
-        if not len(known_C):
-            return
+        item_P, kept_P = categories_RK.nonzero(as_tuple=True)
+        known_C, place_P = torch.unique(categories_RK[item_P, kept_P], return_inverse=True)
         mean_CD, count_C = self._means(known_C)
-        place_RK, has_RK = _find(categories_RK, known_C)
-        has_RK &= count_C[place_RK] > 0
-        size_R = has_RK.sum(1)
-        mean_RD = (mean_CD[place_RK] * has_RK[:, :, None]).sum(1) / size_R.clamp_min(1)[:, None]
-        told_R = size_R > 0
+        told_P = count_C[place_P] > 0
+        mean_RD, count_R = _mean(mean_CD, item_P[told_P], place_P[told_P], len(rows))
+        told_R = count_R > 0
         table.columns["vector"][rows_R[told_R]] = mean_RD[told_R]
 
     def _means(self, known_C: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean vector of the items of each category that people chose, and how many they are."""
-        table = self._table
-        sum_CD = torch.zeros(len(known_C), table.columns["vector"].shape[1], device=table.device)
-        count_C = torch.zeros(len(known_C), device=table.device)
-        for first in range(0, table.rows, STRETCH):
-            here = slice(first, min(first + STRETCH, table.rows))
-            place_IK, has_IK = _find(table.columns[CATEGORIES][here], known_C)
-            has_IK &= (table.columns["total"][here] > 0)[:, None]
-            item_P, kept_P = has_IK.nonzero(as_tuple=True)
-            place_P = place_IK[item_P, kept_P]
-            sum_CD.index_add_(0, place_P, table.columns["vector"][here][item_P])
-            count_C.index_add_(0, place_P, torch.ones(len(place_P), device=table.device))
-        return sum_CD / count_C.clamp_min(1)[:, None], count_C
+        table, pair_P = self._table, self._pairs()
+        # Synchronises with the GPU: the index is the host's.
+        digest_C = known_C.cpu().numpy()
+        first_C = np.searchsorted(pair_P, digest_C & UPPER)
+        end_C = np.searchsorted(pair_P, digest_C | LOWER, side="right")
+        found = [pair_P[first:end] for first, end in zip(first_C.tolist(), end_C.tolist(), strict=True)]
+        row_P = to_tensor(np.concatenate([pair_P[:0], *found]) & LOWER, table.device)
+        place_P = to_tensor(np.repeat(np.arange(len(digest_C)), end_C - first_C), table.device)
+        chosen_P = table.columns["total"][row_P] > 0
+        row_P, place_P = row_P[chosen_P], place_P[chosen_P]
+        # Two digests may share their upper half.
+        has_P = (table.columns[CATEGORIES][row_P] == known_C[place_P][:, None]).any(1)
+        return _mean(table.columns["vector"], place_P[has_P], row_P[has_P], len(known_C))
+
+    def _pairs(self) -> NDArray[np.int64]:
+        """Return the pairs of all items and their categories, ascending."""
+        if self._pair_P is None:
+            rows = np.arange(self._table.rows)
+            self._pair_P = _paired(rows, self.digests(rows))
+        return self._pair_P
 
     def _set_cold(self, rows_R: NDArray[np.int64], cold: int) -> None:
         self._table.columns[COLD][to_tensor(rows_R, self._table.device)] = cold
-        self.look_again()
+        self._look_for_cold()
 
 
 def _digest(category: str) -> int:
@@ -126,7 +143,19 @@ def _digest(category: str) -> int:
     return int.from_bytes(blake2b(category.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _find(categories_XK: Tensor, known_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places of categories among those known, ascending, and whether they are there at all."""
-    place_XK = torch.searchsorted(known_C, categories_XK).clamp_max(len(known_C) - 1)
-    return place_XK, known_C[place_XK] == categories_XK
+def _paired(rows_R: NDArray[np.int64], digests_RK: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the pairs of rows and their categories, ascending, each once."""
+    place_P, kept_P = digests_RK.nonzero()
+    pair_P = np.sort(digests_RK[place_P, kept_P] & UPPER | rows_R[place_P])
+    once_P: NDArray[np.int64] = pair_P[np.diff(pair_P, prepend=~pair_P[:1]) != 0]
+    return once_P
+
+
+def _mean(vectors_XD: Tensor, group_P: Tensor, place_P: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of vectors by group, summed up in the order given, and how many they are."""
+    sum_GD = torch.zeros(groups, vectors_XD.shape[1], device=vectors_XD.device)
+    for first in range(0, len(group_P), STRETCH):
+        here = slice(first, first + STRETCH)
+        sum_GD.index_add_(0, group_P[here], vectors_XD[place_P[here]])
+    count_G = torch.bincount(group_P, minlength=groups)
+    return sum_GD.div_(count_G.clamp_min(1)[:, None]), count_G

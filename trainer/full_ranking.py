@@ -8,7 +8,7 @@ history entries, M successors of each, N = K x M, Z stretches of T items, U rows
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Ranked:
     that are ranked, in nats, of the scores as they are and divided by the temperature; where the mixing weights learn,
     the one leads back to them, the other to the temperature alone. `scores_BI` are what was ranked, None where nobody
     asked for them. `led_B2` is what the transition memory leads to the item, and to all items
-    together.
+    together. `certain_C` are the rows that were looked at for certain, where others were drawn.
     """
 
     rank_B: Rows
@@ -58,6 +58,7 @@ class Ranked:
     loss_B: Tensor
     scores_BI: Tensor | None
     led_B2: Floats
+    certain_C: Rows | None = None
 
 
 def rank(
@@ -164,7 +165,7 @@ def _by_sample(
 ) -> Ranked:
     rows_BN, lifts_3BN, led_B2 = _remembered(table, histories, item_B)
     # What histories lead to, for any of the users, is looked at for all.
-    rows_U, weight_U = sample.among(np.concatenate([rows_BN[rows_BN != PADDING_ROW], item_B.numpy()]))
+    rows_U, weight_U, certain_C = sample.among(np.concatenate([rows_BN[rows_BN != PADDING_ROW], item_B.numpy()]))
     index_U = torch.from_numpy(rows_U)
     looked_at = table.columns["vector"][index_U], sample[index_U], table.columns["total"][index_U], weight_U
     # What is hidden and not looked at needs no hiding: it becomes the padding row, which is first.
@@ -173,7 +174,8 @@ def _by_sample(
     place_B = np.searchsorted(rows_U, item_B.numpy())
     none_BU = np.empty((0, 0), np.float32)
     hidden = _places(rows_U, rows_H), ends_B
-    return _ranked(network, histories, states_BD, looked_at, memory, place_B, hidden, none_BU)
+    ranked = _ranked(network, histories, states_BD, looked_at, memory, place_B, hidden, none_BU)
+    return replace(ranked, certain_C=certain_C)
 
 
 def _hidden(histories: Histories, seen: list[Rows] | None) -> tuple[Rows, Rows]:

@@ -21,7 +21,7 @@ from recsys.weights.replica import SERVED_COLUMNS, Replica
 from trainer.drift import ITEM_VECTORS, NETWORK
 from trainer.examples import Examples, ReplayWindow
 from trainer.learner import Learner
-from trainer.prequential import Prequential, StepReport
+from trainer.prequential import Look, Prequential, StepReport
 
 # Losses of single events are capped, in nats, so that a few surprises do not decide.
 LARGEST_LOSS = 15.0
@@ -101,16 +101,22 @@ class Gate:
             # Both are the same still.
             return
         self._allocate()
-        picked = np.linspace(0, len(examples) - 1, min(len(examples), self._settings.gate_events)).astype(np.int64)
-        served = self._test(self._prequential, examples.take(picked), self._served)
+        # Of those that the learner ranked together, so that they can be ranked among the same.
+        count = report.look.examples if report.look else len(examples)
+        picked = np.linspace(0, count - 1, min(count, self._settings.gate_events)).astype(np.int64)
+        served = self._test(self._prequential, examples.take(picked), self._served, report.look)
         self.ranking.add(report.item_loss_B[picked], served.item_loss_B)
         self.classes.add(report.class_loss_B[picked], served.class_loss_B)
 
     @torch.no_grad()
-    def _test(self, prequential: Prequential, examples: Examples, replica: Replica) -> StepReport:
-        # Where the learner looked at a sample, of the same rows: by chance neither version is ahead.
-        sample = self._learner.sample
-        report, _ = prequential.test(examples, None, sample.of(replica.table) if sample else replica.table.standing())
+    def _test(
+        self, prequential: Prequential, examples: Examples, replica: Replica, look: Look | None = None
+    ) -> StepReport:
+        # Where the learner looked at a sample, of the same rows: by chance neither version is ahead. So, too, where the
+        # other version's memory led for certain: what one looks at surely and the other by chance scatters.
+        sample, table = self._learner.sample, replica.table
+        standing = sample.of(table, look and look.certain_C) if sample else table.standing()
+        report, _ = prequential.test(examples, None, standing)
         return report
 
     def objection(self) -> str | None:
@@ -135,7 +141,8 @@ class Gate:
     def _past(self) -> Comparison | None:
         window: ReplayWindow = self._learner.window
         settings = self._settings
-        if len(window) < WINDOW_VERSIONS * settings.batch_size * settings.batches_per_version:
+        # Where only the catalogue changed nothing was learned, nor are there rows that the learner looked at.
+        if not self._batches or len(window) < WINDOW_VERSIONS * settings.batch_size * settings.batches_per_version:
             return None
         random = np.random.Generator(np.random.Philox(key=settings.seed, counter=[0, self._learner.steps, 2, 0]))
         examples = window.draw(settings.gate_events * settings.batches_per_version, random)
@@ -143,7 +150,7 @@ class Gate:
         self._allocate()
         own = Prequential(settings, self._learner.network, self._learner.table)
         candidate = self._test(own, examples, self._learner.replica)
-        served = self._test(self._prequential, examples, self._served)
+        served = self._test(self._prequential, examples, self._served, candidate.look)
         comparison = Comparison()
         comparison.add(candidate.item_loss_B, served.item_loss_B)
         return comparison

@@ -174,9 +174,14 @@ class Learner:
         if self.device.type != "cpu" or self.table.rows <= MANY_ROWS:
             return self.table.standing()
         random = np.random.Generator(np.random.Philox(key=self.settings.seed, counter=[0, self.steps, SAMPLING, 0]))
-        (lately_B,) = self.window.columns(LATELY, "item_B")
-        self.sample = Sample.draw(self.table, lately_B, random)
+        self.sample = Sample.draw(self.table, self._lately(), self.contents.cold_rows, random)
         return self.sample
+
+    def _lately(self) -> np.ndarray:
+        """Return the rows of the newest feedback, and those of as many choices, however many impressions there are."""
+        item_B, class_B = self.window.columns(len(self.window), "item_B", "class_B")
+        chosen = np.flatnonzero(self._positive[class_B])[-LATELY:]
+        return np.concatenate([item_B[-LATELY:], item_B[chosen]])
 
     def fade(self, by: float) -> None:
         """Let all that followed items count less, and anew what followed them in the newest choices.

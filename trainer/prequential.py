@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,13 @@ HALF_RISEN = 20_000
 Rows = npt.NDArray[np.int64]
 
 
+class Look(NamedTuple):
+    """Say that of so many examples, a batch's first, all choices were ranked together, among these rows for certain."""
+
+    examples: int
+    certain_C: Rows
+
+
 @dataclass(slots=True)
 class StepReport:
     """What a step found before it learned, for each of the batch's B examples, and what it did."""
@@ -58,6 +66,8 @@ class StepReport:
     # Logarithm of the item's share of choices of late, at the slowest speed; NaN where no item was ranked, and all of
     # it where `trust` is off.
     popular_B: npt.NDArray[np.float64]
+    # The first look at a sample: None where all items were ranked, or none was asked for.
+    look: Look | None = None
     # What counting said of user and item, side by side: None where nothing was tested.
     rates_BR: Tensor | None = None
     learned: bool = True
@@ -142,6 +152,9 @@ class Prequential:
             found = full_ranking.rank(
                 self._network, self._table, *asked, standing, item_B, own, keep=self.watch is not None
             )
+            if found.certain_C is not None and report.look is None:
+                until = int(chosen[at_once]) if at_once < len(chosen) else count
+                report.look = Look(until, found.certain_C)
             ranked = found
             if self.watch is not None:
                 if sampled:
