@@ -12,12 +12,26 @@ import numpy as np
 import pytest
 import redis
 import torch
-from learning import CPU, START_MS, append, fork, learn_all, make_feedback, replica, small, tick, trainer, versions
+from learning import (
+    CPU,
+    START_MS,
+    append,
+    fork,
+    head,
+    learn_all,
+    make_feedback,
+    replica,
+    small,
+    tick,
+    trainer,
+    versions,
+)
 from test_loop import serving
 
 from recsys.catalog import Item
 from recsys.cli.app import main
 from recsys.errors import StoreFull
+from recsys.feedback import Feedback
 from recsys.feedback_log import BEGINNING, FeedbackLog, LogEntry
 from recsys.quarantine import Quarantine
 from recsys.settings import Settings
@@ -358,3 +372,13 @@ def test_the_service_tells_the_log(settings: Settings) -> None:
         assert running.client.upsert_items([Item("a", "another", ("x",))]) == 1
         assert running.client.delete_items(["b", "c"]) == 2
     assert said(settings) == [("a", ["x"]), ("c", ["y"]), ("c", [])]
+
+
+def test_where_the_catalogue_alone_knows_items_feedback_on_others_is_learned(settings: Settings) -> None:
+    base = small(settings, item_admission=2)
+    # With the padding row as many as fill the table before it grows: there is no row past the last.
+    told(base, **{f"item_{number}": GENRES[:1] for number in range(1023)})
+    append(base, [Feedback(f"user-{number}", f"other-{number}", "click") for number in range(base.batch_size)])
+    tick(base)
+    learn_all(base)
+    assert head(base)[3] == base.batch_size

@@ -499,6 +499,9 @@ class Learner:
     def _negatives(self, random: np.random.Generator, again: int) -> np.ndarray:
         """Draw the rows of a step's negatives; where `again` examples are learned again, more of them, each once."""
         learning, count = self._learning_items(), max(self.settings.negatives, NEGATIVES_AGAIN * again)
+        if len(self.table) == len(self.contents.cold_rows):
+            # Nobody chose any of the items yet.
+            return np.full(count, PADDING_ROW)
         if again:
             number_N = 1 + random.choice(learning, min(count, learning), replace=False, shuffle=False)
         else:
