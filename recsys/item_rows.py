@@ -215,6 +215,15 @@ def _hash(text_T: Bytes, start: Any, length: Any, secret_2: NDArray[np.uint64]) 
 
 
 @compiled_apart
+def same(one_T: Bytes, first: Any, other_T: Bytes, second: Any, length: Any) -> Any:
+    """Tell whether as many bytes from two places on are the same."""
+    byte = 0
+    while byte < length and one_T[first + byte] == other_T[second + byte]:
+        byte += 1
+    return byte == length
+
+
+@compiled_apart
 def _seek(index: Index, wanted_T: Bytes, start: Any, length: Any) -> tuple[Any, Any, Any]:
     """Return the row of an id, 0 where there is none, the slot where the look ended, and the id's half of that."""
     last = np.uint64(len(index.slot_S) - 1)
@@ -223,12 +232,8 @@ def _seek(index: Index, wanted_T: Bytes, start: Any, length: Any) -> tuple[Any, 
     while index.slot_S[slot]:
         if index.slot_S[slot] & UPPER == half:
             row = np.int64(index.slot_S[slot] & LOWER)
-            if index.length_I[row] == length:
-                place, first = 0, index.start_I[row]
-                while place < length and index.text_T[first + place] == wanted_T[start + place]:
-                    place += 1
-                if place == length:
-                    return row, slot, half
+            if index.length_I[row] == length and same(index.text_T, index.start_I[row], wanted_T, start, length):
+                return row, slot, half
         slot = (slot + np.uint64(1)) & last
     return np.int64(PADDING_ROW), slot, half
 
@@ -237,6 +242,25 @@ def _seek(index: Index, wanted_T: Bytes, start: Any, length: Any) -> tuple[Any, 
 def find(index: Index, wanted_T: Bytes, start: Any, length: Any) -> Any:
     """Return the row of the id that stands in `wanted_T` from `start` on; 0 where there is none."""
     return _seek(index, wanted_T, start, length)[0] if length > 0 else np.int64(PADDING_ROW)
+
+
+@compiled_apart
+def find_all(index: Index, wanted_T: Bytes, start_N: Longs, length_N: Any, row_N: Longs) -> None:
+    """Do what `find` does for each of several ids, whose first looks wait for the memory together."""
+    last, count = np.uint64(len(index.slot_S) - 1), len(row_N)
+    found_N, begin_N, size_N = np.empty(count, np.uint64), np.empty(count, np.int64), np.empty(count, np.int64)
+    for place in range(count):
+        found_N[place] = _hash(wanted_T, start_N[place], length_N[place], index.secret_2)
+    for place in range(count):
+        # What is not an id's own half is another's, or nobody's.
+        taken = index.slot_S[found_N[place] & last]
+        row_N[place] = np.int64(taken & LOWER) if taken & UPPER == found_N[place] & UPPER else 0
+    for place in range(count):
+        begin_N[place], size_N[place] = index.start_I[row_N[place]], index.length_I[row_N[place]]
+    for place in range(count):
+        start, length = start_N[place], length_N[place]
+        if length < 1 or size_N[place] != length or not same(index.text_T, begin_N[place], wanted_T, start, length):
+            row_N[place] = find(index, wanted_T, start, length)
 
 
 @compiled_apart
@@ -256,8 +280,7 @@ def _find_one(
 @compiled_apart
 def _find_all(index: Index, wanted_T: Bytes, start_N: Longs, length_N: NDArray[np.int32]) -> Longs:
     row_N = np.empty(len(length_N), np.int64)
-    for place in range(len(length_N)):
-        row_N[place] = find(index, wanted_T, start_N[place], length_N[place])
+    find_all(index, wanted_T, start_N, length_N, row_N)
     return row_N
 
 

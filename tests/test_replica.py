@@ -87,6 +87,26 @@ def test_deltas_add_up() -> None:
     assert len(delta) < len(_bytes(replica))
 
 
+def test_what_is_made_ready_changes_nothing_until_it_is_put() -> None:
+    learner, one, other = _learned(3), Replica(_settings(), CPU), Replica(_settings(), CPU)
+    for replica in (one, other):
+        replica.apply(decode(_bytes(learner)))
+    for step in range(4):
+        new = learner.table.allocate([f"new-{step}"])
+        rows = (2, 5, learner.table.rows - 1)
+        _learn(learner, 7 + step, rows)
+        payload = decode(encode(learner.write(torch.tensor(rows), new)))
+        before, network = _bytes(one), one.network
+        one.check(payload)
+        ready = one.ready(payload)
+        assert _bytes(one) == before
+        one.put(payload, ready)
+        # Whoever still holds the network of the version before has all of it.
+        assert one.network is not network
+        other.apply(payload)
+        assert _bytes(one) == _bytes(other) == _bytes(learner) != before
+
+
 def test_a_delta_holds_the_given_rows_and_items() -> None:
     replica = _learned(1)
     payload = replica.write(torch.tensor([2, 5]), [("item-6", 6)])

@@ -590,6 +590,18 @@ def test_a_version_of_the_same_number_and_other_items(scorer: Scorer, versions: 
     assert scorer.status.items == 110
 
 
+def test_a_whole_version_may_follow_changes(
+    empty: Scorer, mirror: CatalogMirror, versions: Versions, learning_settings: Settings
+) -> None:
+    """As after a rollback, and changes after it again; each answers as if it had been the first."""
+    empty.load(versions[0][0], versions[0][2], 0)
+    for place, payload in ((1, versions[1][1]), (0, versions[0][2]), (1, versions[1][1]), (2, versions[2][1])):
+        empty.apply(versions[place][0], payload, 0)
+        alone = Scorer(learning_settings, mirror, CPU)
+        alone.load(versions[place][0], versions[place][2], 0)
+        assert empty.answer(QUERIES, NOW_MS) == alone.answer(QUERIES, NOW_MS)
+
+
 def test_an_answer_comes_from_one_version(
     empty: Scorer, mirror: CatalogMirror, versions: Versions, learning_settings: Settings
 ) -> None:

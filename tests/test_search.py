@@ -346,7 +346,9 @@ def test_the_class_head_gives_the_numbers_of_the_network() -> None:
             every_standing[rows],
             table.column("classes")[rows],
         )
-        found = Ranking(network, table, every_standing).logits(states, context, known, rows)
+        ranking = Ranking(network)
+        ranking.install(table, every_standing)
+        found = ranking.logits(states, context, known, rows)
         shape = (-1, count, -1)
         expected = network.class_logits(
             states[:, None].expand(shape),
@@ -430,7 +432,9 @@ def test_what_counting_says_of_users_is_what_the_network_says(histories_tell: bo
     with torch.inference_mode():
         network.rates.class_counts.copy_(torch.rand(classes, generator=draw) * 90)
         network.rates.context_counts.copy_(torch.rand(network.rates.context_counts.shape, generator=draw) * 9)
-        context, rates = UserRates(network, table)(histories, buckets)
+        user_rates = UserRates(network)
+        user_rates.install(table)
+        context, rates = user_rates(histories, buckets)
         assert torch.allclose(context, network.context_vectors(buckets), atol=1e-6)
         assert torch.allclose(rates, network.user_rates(histories, table, buckets), atol=1e-4, rtol=1e-4)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from recsys.compiled import compiled_apart
 from recsys.network import GAP_BUCKETS, LIFTS, Histories, RecommendationNetwork
+from recsys.scorer.lanes import prefetch
 
 Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]
@@ -162,7 +163,12 @@ def _states(
     wide_E, last_D = np.empty(len(expand_E), np.float32), np.empty(dimension, np.float32)
     context_F = np.empty(mix_PF.shape[1], np.float32)
     width = dimension // heads
+    for place in range(length if users else 0):
+        prefetch(vectors_ID, rows_BL[0, place])
     for user in range(users):
+        # Those of the next come from memory while this one's are worked on.
+        for place in range(length if user + 1 < users else 0):
+            prefetch(vectors_ID, rows_BL[user + 1, place])
         filled = 0
         for place in range(length):
             filled += rows_BL[user, place] != 0

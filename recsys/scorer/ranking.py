@@ -5,7 +5,7 @@ item, the item's part is a matrix of the user's own, so that half of the product
 every candidate. The numbers are those of RecommendationNetwork.class_logits. On the CPU it is one loop over users and
 candidates: the products of a small batch are less work than to call for them one by one.
 Shapes as in recsys.network; K candidates, H and G the first two layers' widths, E what is fed to the first of each
-candidate, U what it gets of the user.
+candidate, F to the third, U what it gets of the user, T and W as in recsys.scorer.dense; X the places of a strip.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ from recsys.compiled import compiled_apart
 from recsys.item_table import ItemTable
 from recsys.network import CONTEXT_WIDTH, RecommendationNetwork
 from recsys.rates import PRIOR
+from recsys.scorer.dense import COLUMNS, VECTORS, add_products, strips
+from recsys.scorer.lanes import prefetch
 from recsys.standing import STANDINGS
+
+# Candidates of a user whose layers are in the processor's first cache together.
+TOGETHER = 32
 
 Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]
 
 
 class Ranking:
-    """Hold one version's class head and the items that it judges."""
+    """Hold one version's class head, and the items that it judges once they are installed."""
 
-    def __init__(self, network: RecommendationNetwork, table: ItemTable, standing_IS: Tensor) -> None:
+    def __init__(self, network: RecommendationNetwork) -> None:
         self._rates = network.rates
         layers = cast("list[nn.Linear]", [each for each in network.rank if isinstance(each, nn.Linear)])
         first, self._second, self._third = layers
@@ -47,28 +52,34 @@ class Ranking:
         self._known_user_CU, known_item = torch.split(self._rates.weigh.weight, known, 1)
         self._known_bias_C = self._rates.weigh.bias
         self._known_EC = known_item.T.contiguous()
-        self._items = table.column("vector"), standing_IS, table.column("classes")
-        self._on_host = table.device.type == "cpu"
+        self._on_host = first.weight.device.type == "cpu"
         if self._on_host:
+            # The two layers between have whole strips, so that nothing behind their columns is read.
+            assert not first.out_features % COLUMNS
+            assert not self._second.out_features % COLUMNS
+            on_host = (
+                *(_strips(self._known_user_CU.T), self._known_bias_C + self._third.bias),
+                *(_strips(self._user_HU.T), self._user_bias_H),
+                *(_strips(self._vector_DH), _strips(self._product_DH), _strips(self._rest_EH)),
+                *(_strips(self._second.weight.T), self._second.bias),
+                _strips(torch.cat([self._third.weight.T, self._known_EC])),
+            )
             among_C, variance = self._rates.among()
             counting = among_C.numpy(), self._rates.worth_C.numpy(), float(variance)
-            layers_in_order = (
-                *(self._known_EC, self._known_user_CU.T, self._known_bias_C, self._user_HU.T, self._user_bias_H),
-                *(self._vector_DH, self._product_DH, self._rest_EH),
-                *(self._second.weight.T, self._second.bias, self._third.weight.T, self._third.bias),
-            )
-            layers_on_host = (each.detach().contiguous().numpy() for each in layers_in_order)
-            self._host = *(each.numpy() for each in self._items), *counting, *layers_on_host
+            self._layers = (*counting, *(each.detach().contiguous().numpy() for each in on_host))
+
+    def install(self, table: ItemTable, standing_IS: Tensor) -> None:
+        """Take the items of the version, which are looked at where they are."""
+        self._items = table.column("vector"), standing_IS, table.column("classes")
+        if self._on_host:
+            self._host = (*(each.numpy() for each in self._items), *self._layers)
 
     def logits(self, states_BD: Tensor, context_BC: Tensor, user_BU: Tensor, rows_BK: Tensor) -> Tensor:
         """Return the logits over feedback classes: (B, K, C); `user_BU` are the network's `user_rates`."""
         if self._on_host:
-            users_BU = torch.cat([states_BD, context_BC, user_BU], 1)
             logits_BKC = torch.empty(*rows_BK.shape, self._known_EC.shape[1])
-            _judge(
-                *(users_BU.numpy(), states_BD.shape[1], user_BU.shape[1], rows_BK.contiguous().numpy()),
-                *(*self._host, logits_BKC.numpy()),
-            )
+            users = (each.numpy() for each in (states_BD, context_BC, user_BU))
+            _judge(*users, rows_BK.contiguous().numpy(), *self._host, logits_BKC.numpy())
             return logits_BKC
         batch, dimension = states_BD.shape
         vectors_BKD, standing_BKS, counts_BKC = (each[rows_BK] for each in self._items)
@@ -85,23 +96,14 @@ class Ranking:
         return found
 
 
+def _strips(map_EH: Tensor) -> Tensor:
+    return torch.from_numpy(strips(map_EH.detach().contiguous().numpy()))
+
+
 @compiled_apart
-def _add(x_2E: Floats, map_EH: Floats, found_2H: Floats) -> None:
-    """Add the products of two vectors and a matrix, four rows at a time: so much more is done with what is fetched."""
-    rows, width = x_2E.shape[1], found_2H.shape[1]
-    first_E, second_E, one_H, other_H = x_2E[0], x_2E[1], found_2H[0], found_2H[1]
-    whole = rows - rows % 4
-    for row in range(0, whole, 4):
-        a, b, c, d = first_E[row], first_E[row + 1], first_E[row + 2], first_E[row + 3]
-        e, f, g, h = second_E[row], second_E[row + 1], second_E[row + 2], second_E[row + 3]
-        for column in range(width):
-            i, j, k, m = map_EH[row, column], map_EH[row + 1, column], map_EH[row + 2, column], map_EH[row + 3, column]
-            one_H[column] += a * i + b * j + c * k + d * m
-            other_H[column] += e * i + f * j + g * k + h * m
-    for row in range(whole, rows):
-        for column in range(width):
-            one_H[column] += first_E[row] * map_EH[row, column]
-            other_H[column] += second_E[row] * map_EH[row, column]
+def _padded(rows: int) -> int:
+    """Return the rows of whole tiles that so many rows are within."""
+    return -(-rows // VECTORS) * VECTORS
 
 
 @compiled_apart
@@ -133,10 +135,28 @@ def _feed(
 
 
 @compiled_apart
+def _fetch(vectors_ID: Floats, standing_IS: Floats, counts_IC: Floats, row: int) -> None:
+    prefetch(vectors_ID, row)
+    prefetch(standing_IS, row)
+    prefetch(counts_IC, row)
+
+
+@compiled_apart
+def _base(x_BE: Floats, map_TEW: Floats, bias_H: Floats) -> Floats:
+    """Return what the users alone add to a layer: (B, H), both up to whole tiles."""
+    rows = _padded(len(x_BE))
+    x_KE, found_KH = np.zeros((rows, x_BE.shape[1]), np.float32), np.zeros((rows, len(map_TEW) * COLUMNS), np.float32)
+    x_KE[: len(x_BE)] = x_BE
+    found_KH[:, : len(bias_H)] = bias_H
+    add_products(x_KE, map_TEW, found_KH)
+    return found_KH
+
+
+@compiled_apart
 def _judge(
-    users_BU: Floats,
-    dimension: int,
-    rates: int,
+    states_BD: Floats,
+    context_BC: Floats,
+    rates_BU: Floats,
     rows_BK: Longs,
     vectors_ID: Floats,
     standing_IS: Floats,
@@ -144,53 +164,66 @@ def _judge(
     among_C: Floats,
     worth_C: Floats,
     variance: float,
-    known_EC: Floats,
-    known_UC: Floats,
-    known_C: Floats,
-    user_UH: Floats,
+    known_TUW: Floats,
+    last_C: Floats,
+    user_TUW: Floats,
     user_H: Floats,
-    vector_DH: Floats,
-    product_DH: Floats,
-    rest_EH: Floats,
-    second_HG: Floats,
+    vector_TDW: Floats,
+    product_TDW: Floats,
+    rest_TEW: Floats,
+    second_THW: Floats,
     second_G: Floats,
-    third_GC: Floats,
-    third_C: Floats,
+    third_TFW: Floats,
     logits_BKC: Floats,
 ) -> None:
-    """Write the logits of users, of whom the state comes first and the rates last; two candidates at a time."""
-    fed, kept = dimension + rest_EH.shape[0], rows_BK.shape[1]
-    map_EH, fed_2E = np.empty((fed, len(user_H)), np.float32), np.empty((2, fed), np.float32)
-    map_EH[dimension:] = rest_EH
-    counted_2E = fed_2E[:, fed - known_EC.shape[0] :]
-    base_2H, hidden_2H = np.empty((2, len(user_H)), np.float32), np.empty((2, len(user_H)), np.float32)
-    hidden_2G, base_2C = np.empty((2, len(second_G)), np.float32), np.empty((2, len(known_C)), np.float32)
-    found_2C, user_2U = np.empty_like(base_2C), np.empty((2, users_BU.shape[1]), np.float32)
-    for user in range(rows_BK.shape[0]):
-        base_2H[:], base_2C[:], user_2U[:] = user_H, known_C + third_C, users_BU[user]
-        _add(user_2U, user_UH, base_2H)
-        _add(user_2U[:, user_2U.shape[1] - rates :], known_UC, base_2C)
+    """Write the logits, of some candidates of a user together."""
+    users, kept = rows_BK.shape
+    dimension, fed = states_BD.shape[1], states_BD.shape[1] + rest_TEW.shape[1]
+    counted = third_TFW.shape[1] - len(second_G)
+    base_BH = _base(np.concatenate((states_BD, context_BC, rates_BU), 1), user_TUW, user_H)
+    base_BC = _base(rates_BU, known_TUW, last_C)
+    map_TEW = np.empty((len(vector_TDW), fed, COLUMNS), np.float32)
+    map_TEW[:, dimension:] = rest_TEW
+    # The strips' rows behind one another: one long loop rather than many short ones.
+    parts = len(map_TEW)
+    map_TX = map_TEW.reshape(parts, -1)
+    vector_TX, product_TX = vector_TDW.reshape(parts, -1), product_TDW.reshape(parts, -1)
+    state_X = np.empty(dimension * COLUMNS, np.float32)
+    size = min(TOGETHER, _padded(max(kept, 1)))
+    fed_KE, hidden_KH = np.zeros((size, fed), np.float32), np.empty((size, base_BH.shape[1]), np.float32)
+    # What the second layer makes, and behind it what is counted of the candidates, which the third reads as well.
+    deep_KF = np.empty((size, third_TFW.shape[1]), np.float32)
+    found_KC = np.empty((size, base_BC.shape[1]), np.float32)
+    for user in range(users):
+        # The rows come from memory meanwhile.
+        for place in range(kept):
+            _fetch(vectors_ID, standing_IS, counts_IC, rows_BK[user, place])
         for row in range(dimension):
-            for column in range(len(user_H)):
-                map_EH[row, column] = vector_DH[row, column] + users_BU[user, row] * product_DH[row, column]
-        for place in range(0, kept, 2):
-            # Where they are odd the last is judged twice.
-            other = min(place + 1, kept - 1)
-            for each in range(2):
-                row = rows_BK[user, other if each else place]
-                _feed(row, vectors_ID, standing_IS, counts_IC, among_C, worth_C, variance, fed_2E[each])
-            hidden_2H[:], hidden_2G[:], found_2C[:] = base_2H, second_G, base_2C
-            _add(fed_2E, map_EH, hidden_2H)
-            _rectify(hidden_2H)
-            _add(hidden_2H, second_HG, hidden_2G)
-            _rectify(hidden_2G)
-            _add(hidden_2G, third_GC, found_2C)
-            _add(counted_2E, known_EC, found_2C)
-            logits_BKC[user, place], logits_BKC[user, other] = found_2C[0], found_2C[1]
+            state_X[row * COLUMNS : (row + 1) * COLUMNS] = states_BD[user, row]
+        for strip in range(parts):
+            found_X, of_all_X, by_state_X = map_TX[strip], vector_TX[strip], product_TX[strip]
+            for place in range(len(state_X)):
+                found_X[place] = of_all_X[place] + state_X[place] * by_state_X[place]
+        for start in range(0, kept, size):
+            count = min(size, kept - start)
+            for place in range(count):
+                row = rows_BK[user, start + place]
+                _feed(row, vectors_ID, standing_IS, counts_IC, among_C, worth_C, variance, fed_KE[place])
+            hidden_KH[:], deep_KF[:, : len(second_G)], found_KC[:] = base_BH[user], second_G, base_BC[user]
+            deep_KF[:, len(second_G) :] = fed_KE[:, fed - counted :]
+            add_products(fed_KE, map_TEW, hidden_KH)
+            _rectify(hidden_KH)
+            add_products(hidden_KH, second_THW, deep_KF)
+            _rectify(deep_KF[:, : len(second_G)])
+            add_products(deep_KF, third_TFW, found_KC)
+            for place in range(count):
+                for each in range(logits_BKC.shape[2]):
+                    logits_BKC[user, start + place, each] = found_KC[place, each]
 
 
 @compiled_apart
-def _rectify(found_2H: Floats) -> None:
-    for each in range(2):
-        for column in range(found_2H.shape[1]):
-            found_2H[each, column] = max(found_2H[each, column], np.float32(0.0))
+def _rectify(found_KH: Floats) -> None:
+    for each in range(len(found_KH)):
+        for column in range(found_KH.shape[1]):
+            # Multiplied rather than chosen between, which can be done for eight at a time.
+            found_KH[each, column] *= np.float32(found_KH[each, column] > np.float32(0.0))

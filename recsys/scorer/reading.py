@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.compiled import compiled_apart
-from recsys.item_rows import Index, find
+from recsys.item_rows import Index, find, find_all, same
 from recsys.network import GAP_BUCKETS
 from recsys.store.v1.log_pb2 import History, HistoryEntry
 
@@ -92,20 +92,20 @@ def _field(data_N: Bytes, at: Any, end: int) -> tuple[Any, Any, Any, Any, Any]:
 
 
 @compiled_apart
-def _entry(data_N: Bytes, at: Any, end: int, items: Index, classes: Index) -> tuple[Any, Any, Any, Any]:
-    """Return an entry's row, the place of its class from 1 on, 0 where unknown, its time, and its end; _DAMAGED."""
-    row, feedback_class, time_ms = 0, 0, np.int64(0)
+def _entry(data_N: Bytes, at: Any, end: int) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """Return where an entry's item id and class begin and how long they are, its time, and its end; _DAMAGED."""
+    item, item_size, class_, class_size, time_ms = at, np.int64(0), at, np.int64(0), np.int64(0)
     while at < end:
         number, kind, value, start, at = _field(data_N, at, end)
         if at == _DAMAGED:
             break
         if number == _ITEM_ID and kind == _LENGTH:
-            row = find(items, data_N, start, value)
+            item, item_size = start, value
         elif number == _CLASS and kind == _LENGTH:
-            feedback_class = find(classes, data_N, start, value)
+            class_, class_size = start, value
         elif number == _TIME and kind == _VARINT:
             time_ms = value
-    return row, feedback_class, time_ms, at
+    return item, item_size, class_, class_size, time_ms, at
 
 
 @compiled_apart
@@ -117,25 +117,33 @@ def _read(
     gaps_BL, seen_ends_B = np.zeros((users, length), np.int64), np.zeros(users, np.int64)
     # No entry is shorter than its tag and its length.
     room = len(data_N) // 2 + 1
-    row_E, class_E, time_E = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    item_E, size_E, row_E = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    class_E, time_E = np.empty(room, np.int64), np.empty(room, np.int64)
     seen_H = np.empty(room, np.int64)
     at, seen = np.int64(0), 0
+    # The class looked up last: most entries have that of the one before.
+    class_, class_size, known = np.int64(0), np.int64(0), np.int64(0)
     for user in range(users):
         end, entries = ends_B[user], 0
         while at < end:
             number, kind, _, start, at = _field(data_N, at, end)
             if at != _DAMAGED and number == _ENTRIES and kind == _LENGTH:
-                row_E[entries], class_E[entries], time_E[entries], after = _entry(data_N, start, at, items, classes)
+                item_E[entries], size_E[entries], first, size, time_E[entries], after = _entry(data_N, start, at)
                 if after == _DAMAGED:
                     at = np.int64(_DAMAGED)
                 else:
-                    if row_E[entries]:
-                        seen_H[seen] = row_E[entries]
-                        seen += 1
+                    if size != class_size or not same(data_N, first, data_N, class_, size):
+                        class_, class_size, known = first, size, find(classes, data_N, first, size)
+                    class_E[entries] = known
                     entries += 1
             if at == _DAMAGED:
                 damaged += 1
                 break
+        find_all(items, data_N, item_E, size_E, row_E[:entries])
+        for entry in range(entries):
+            if row_E[entry]:
+                seen_H[seen] = row_E[entry]
+                seen += 1
         at, seen_ends_B[user] = end, seen
         place = length - 1
         for entry in range(entries - 1, max(entries - length, 0) - 1, -1):

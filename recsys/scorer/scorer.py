@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +17,15 @@ from numpy.typing import NDArray
 
 from recsys.catalog import CatalogMirror
 from recsys.errors import NotReady
-from recsys.item_table import ItemTable
 from recsys.scorer.items import Ahead, Items, looked_at_roughly, partitioned_from
 from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
 from recsys.scorer.search import Search
-from recsys.scorer.served import Served
+from recsys.scorer.served import Layers, Served
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import WeightPayload
-from recsys.weights.replica import Replica
+from recsys.weights.replica import Ready, Replica
 from recsys.weights.shared import Point, SharedWeights
 
 # Batch sizes scored once before the first request is let in.
@@ -170,21 +170,22 @@ class Scorer:
         assert self._items is not None
         replica.check(payload)
         # Whoever applies is the only one who changes the table: it can be read without the lock.
-        ahead = self._beside.submit(_ahead, self._items, replica.table, payload).result()
+        next_ = self._beside.submit(_next, self._items, replica, payload).result()
         with self._lock:
-            replica.put(payload)
-            self._install(record, applied_ms, ahead.land(replica.table) if ahead else self._items_of(replica))
+            replica.put(payload, next_.ready)
+            items = next_.ahead.land(replica.table) if next_.ahead else self._items_of(replica)
+            self._install(record, applied_ms, items, next_.layers)
 
     @torch.inference_mode()
     def _items_of(self, replica: Replica) -> Items:
         return Items.of(replica.table, partitioned_from(self._settings.retrieval))
 
     @torch.inference_mode()
-    def _install(self, record: VersionRecord, applied_ms: int, items: Items) -> None:
+    def _install(self, record: VersionRecord, applied_ms: int, items: Items, layers: Layers | None = None) -> None:
         """Put a version in place."""
         assert self._replica is not None
         self._items = items
-        self._served = Served(self._settings, self._mirror, self._replica, items, self._retrieval)
+        self._served = Served(self._settings, self._mirror, self._replica, items, self._retrieval, layers)
         self._record = record
         self._unanswered = True
         self._status = Status(
@@ -251,9 +252,22 @@ def _give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICER)
 
 
-@torch.inference_mode()
-def _ahead(items: Items, table: ItemTable, payload: WeightPayload) -> Ahead | None:
-    return Ahead.of(items, table, payload)
+class _Next(NamedTuple):
+    """Hold what can be had of the next version before it is put in place."""
+
+    ahead: Ahead | None
+    ready: Ready | None
+    layers: Layers | None
+
+
+def _next(items: Items, replica: Replica, payload: WeightPayload) -> _Next:
+    if payload.whole:
+        # Copied column by column when it is put in place, rather than held twice.
+        return _Next(None, None, None)
+    ready = replica.ready(payload)
+    # Only now: a tensor made in this mode cannot be written to outside it, and the network's will be.
+    with torch.inference_mode():
+        return _Next(Ahead.of(items, replica.table, payload), ready, Layers(ready.network))
 
 
 def _now_ms() -> int:

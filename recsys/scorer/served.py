@@ -17,8 +17,8 @@ from torch import Tensor
 from recsys.catalog import CatalogMirror, CategoryFilter
 from recsys.encoding import encode_contexts, to_histories, to_tensor
 from recsys.item_rows import ItemRows
-from recsys.item_table import PADDING_ROW, TRANSITION_REACH
-from recsys.network import WORTH_FLOOR
+from recsys.item_table import PADDING_ROW, TRANSITION_REACH, ItemTable
+from recsys.network import WORTH_FLOOR, RecommendationNetwork
 from recsys.scorer.encoder import Encoder
 from recsys.scorer.items import Items
 from recsys.scorer.lists import Lists, RankedItems
@@ -69,6 +69,18 @@ class _Users:
         )
 
 
+class Layers:
+    """Hold the network of one version as answers take it, with what is computed from it once."""
+
+    def __init__(self, network: RecommendationNetwork) -> None:
+        self.encoder, self.user_rates, self.ranking = Encoder(network), UserRates(network), Ranking(network)
+
+    def install(self, table: ItemTable, items: Items) -> None:
+        """Take the items of the version."""
+        self.user_rates.install(table)
+        self.ranking.install(table, items.standing_IS)
+
+
 class Served:
     """Answer from one version; the replica must not change meanwhile, and `retrieval` is for one batch at a time."""
 
@@ -79,15 +91,17 @@ class Served:
         replica: Replica,
         items: Items,
         retrieval: Retrieval | Search,
+        layers: Layers | None = None,
     ) -> None:
+        """Take a version; `layers` are those of the replica's network, where somebody made them before."""
         self._settings, self._mirror = settings, mirror
         self._classes = ItemRows()
         self._classes.extend([each.name for each in settings.classes])
         self._table, self._device = replica.table, replica.device
         self._vectors_ID, self._standing_IS = items.vectors_ID, items.standing_IS
         self._means = items.mean_vector_D.cpu().numpy(), items.mean_standing_S.cpu().numpy()
-        self._encoder, self._user_rates = Encoder(replica.network), UserRates(replica.network, replica.table)
-        self._ranking = Ranking(replica.network, replica.table, items.standing_IS)
+        self._layers = layers or Layers(replica.network)
+        self._layers.install(replica.table, items)
         self._worth_C = np.array([c.worth for c in settings.classes], np.float32)
         self._most_worth = settings.worth_weight * float(np.log(self._worth_C.max() + WORTH_FLOOR)) + WORTH_SLACK
         self._hidden: dict[CategoryFilter | None, tuple[int, Hidden]] = {}
@@ -135,9 +149,9 @@ class Served:
         stored = [_stored(query) for query in queries]
         found = read(stored, self._table.index, self._classes.index, now_ms, settings.history_length)
         histories = to_histories((found.rows_BL, found.classes_BL, found.gaps_BL), self._device)
-        states_BD, weights_BP = self._encoder(self._vectors_ID, histories)
+        states_BD, weights_BP = self._layers.encoder(self._vectors_ID, histories)
         buckets_BP = to_tensor(encode_contexts([query.context for query in queries], settings), self._device)
-        context_BC, rates_BU = self._user_rates(histories, buckets_BP)
+        context_BC, rates_BU = self._layers.user_rates(histories, buckets_BP)
         latest_BK = histories.latest_first(TRANSITION_REACH)
         return _Users(weights_BP, states_BD, context_BC, rates_BU, latest_BK, Own(found.seen_H, found.ends_B))
 
@@ -161,7 +175,7 @@ class Served:
 
     def _judge(self, users: _Users, rows_BK: Tensor) -> tuple[Floats, Tensor]:
         """Return the weighted log of the expected worth of feedback on each pair (B, K), and the classes' logits."""
-        logits_BKC = self._ranking.logits(users.states_BD, users.context_BC, users.rates_BU, rows_BK).cpu()
+        logits_BKC = self._layers.ranking.logits(users.states_BD, users.context_BC, users.rates_BU, rows_BK).cpu()
         return log_worth(logits_BKC.numpy(), self._worth_C, self._settings.worth_weight), logits_BKC
 
     def _apart(self, users: _Users, rows_BK: Tensor, known: Known) -> Parts:

@@ -24,19 +24,24 @@ Longs = NDArray[np.int64]
 
 
 class UserRates:
-    """Hold what one version has counted by class."""
+    """Hold what one version has counted by class, of items once they are installed."""
 
-    def __init__(self, network: RecommendationNetwork, table: ItemTable) -> None:
-        self._network, self._table = network, table
-        self._on_host = table.device.type == "cpu"
+    def __init__(self, network: RecommendationNetwork) -> None:
+        self._network = network
+        rates = network.rates
+        self._on_host = rates.context_counts.device.type == "cpu"
         if not self._on_host:
             return
-        rates = network.rates
         among_C, variance = rates.among()
-        counted = (table.column("classes"), table.column("audience"), rates.context_counts, among_C, rates.worth_C)
-        self._counted = tuple(each.numpy() for each in counted)
+        self._counts = tuple(each.numpy() for each in (rates.context_counts, among_C, rates.worth_C))
         self._variance, self._histories_tell = float(variance), rates.histories_tell
         self._context_XC = network.context.weight.detach().numpy()
+
+    def install(self, table: ItemTable) -> None:
+        """Take the items of the version, which are looked at where they are."""
+        self._table = table
+        if self._on_host:
+            self._counted = *(table.column(name).numpy() for name in ("classes", "audience")), *self._counts
 
     def __call__(self, histories: Histories, buckets_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Return the context's vectors (B, CONTEXT_WIDTH) and the rates (B, user_width)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -29,16 +30,26 @@ SERVED_COLUMNS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Hold what a version's payload says where a replica takes it from."""
+
+    rows_R: Tensor
+    columns: Mapping[str, Tensor]
+    network: RecommendationNetwork
+    # Its tensors by name.
+    dense: Mapping[str, Tensor]
+
+
 class Replica:
     """Hold a network and an item table and move both between versions."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.device = device
         self.network: RecommendationNetwork = build_network(settings).to(device)
-        # The tensors of network.state_dict() themselves, which other memory may be put under.
-        learned = self.network.state_dict().keys()
-        tensors = chain(self.network.named_parameters(), self.network.named_buffers())
-        self._dense = {name: tensor for name, tensor in tensors if name in learned}
+        self._dense = _learned(self.network)
+        # Another of the kind, for the version after the one that is held.
+        self._spare: tuple[RecommendationNetwork, Mapping[str, Tensor]] | None = None
         # A version from before the settings added them lacks them: they begin with it, the same for one seed.
         self._added = {name: tensor.detach().clone() for name, tensor in additions(self._dense).items()}
         self.table = ItemTable(settings.dimension, settings.successors, device, settings.seed, len(settings.classes))
@@ -132,8 +143,25 @@ class Replica:
         self.put(payload)
 
     @torch.no_grad()
-    def put(self, payload: WeightPayload) -> None:
-        """Move to the version that a payload leads to which was checked, and nothing moved since."""
+    def ready(self, payload: WeightPayload) -> Ready:
+        """Copy what a payload says that was checked and is not whole, beside whoever reads this replica meanwhile.
+
+        `put` it before the next one is made.
+        """
+        if self._spare is None:
+            network = deepcopy(self.network)
+            self._spare = network, _learned(network)
+        network, dense = self._spare
+        self._fill(dense, payload)
+        columns = {name: to_tensor(array, self.device) for name, array in payload.columns.items()}
+        return Ready(to_tensor(payload.rows, self.device).to(torch.int64), columns, network, dense)
+
+    @torch.no_grad()
+    def put(self, payload: WeightPayload, ready: Ready | None = None) -> None:
+        """Move to the version that a payload leads to which was checked, and nothing moved since.
+
+        With what was made `ready` of it there is little left to do, and `network` is another than before.
+        """
         placed, self._placed = self._placed, {}
         if payload.whole and not placed:
             self.table.clear()
@@ -141,15 +169,29 @@ class Replica:
             self.table.truncate(payload.kept_rows)
         items = NewItems.of(payload.new_items)
         self.table.assign(items.rows, items.ids)
+        self.table.clock = int(payload.dense[CLOCK][0])
+        if ready is not None:
+            self.table.write(ready.rows_R, ready.columns, ())
+            self._spare = self.network, self._dense
+            self.network, self._dense = ready.network, ready.dense
+            return
         rows = to_tensor(payload.rows, self.device).to(torch.int64)
         for name, array in payload.columns.items():
             # One after the other: a copy of all of them at once would double what a start takes.
             if placed.get(name) is not array:
                 self.table.write(rows, {name: to_tensor(array, self.device)}, ())
-        self.table.clock = int(payload.dense[CLOCK][0])
-        for name, tensor in self._dense.items():
+        self._fill(self._dense, payload)
+
+    def _fill(self, dense: Mapping[str, Tensor], payload: WeightPayload) -> None:
+        for name, tensor in dense.items():
             given = payload.dense.get(name)
             tensor.copy_(self._added[name] if given is None else to_tensor(given, self.device))
+
+
+def _learned(network: RecommendationNetwork) -> Mapping[str, Tensor]:
+    """Return the tensors of network.state_dict() themselves, which other memory may be put under."""
+    learned = network.state_dict().keys()
+    return {name: each for name, each in chain(network.named_parameters(), network.named_buffers()) if name in learned}
 
 
 def items_of(table: ItemTable, first: int = 1) -> NewItems:
