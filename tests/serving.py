@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -172,6 +173,14 @@ class Running:
     def value(self, name: str, **labels: str) -> float:
         """Read a metric's value; 0 where it was never touched."""
         return self.registry.get_sample_value(name, labels) or 0.0
+
+
+def changed(settings: Settings, **changes: Any) -> Settings:
+    return Settings.model_validate(settings.model_dump(exclude_unset=True) | changes)
+
+
+def server_tls(pki: Path) -> dict[str, str]:
+    return {"tls_certificate": str(pki / "server.pem"), "tls_key": str(pki / "server.key")}
 
 
 @contextmanager

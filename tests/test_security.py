@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,8 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from serving import TRANSPORTS, Running, serve
+from http2 import frames, raw
+from serving import TRANSPORTS, Running, changed, serve, server_tls
 
 import recsys
 from recsys import AsyncClient, Client, errors
@@ -49,10 +47,6 @@ CODE = grpc.StatusCode
 CLICK = recsys.Feedback("u", "item-1", "click")
 
 
-def changed(settings: Settings, **changes: Any) -> Settings:
-    return Settings.model_validate(settings.model_dump(exclude_unset=True) | changes)
-
-
 def write_tokens(path: Path, tokens: dict[str, str]) -> None:
     """Write a tokens file: role -> token."""
     entries = (
@@ -60,35 +54,6 @@ def write_tokens(path: Path, tokens: dict[str, str]) -> None:
         for role, token in tokens.items()
     )
     path.write_text("\n".join(entries))
-
-
-@pytest.fixture(scope="session")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two authorities, `ca` and `other`; certificates of the first for a server and a client."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl command to make certificates with")
-    directory = tmp_path_factory.mktemp("pki")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    for name in ("ca", "other"):
-        openssl(
-            "req", "-x509", *key, "-days", "1", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem"
-        )
-    for name in ("server", "client"):
-        (directory / "ext").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
-        openssl("req", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        signed_by = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "1", "-extfile", "ext")
-        openssl("x509", "-req", "-in", f"{name}.csr", *signed_by, "-out", f"{name}.pem")
-    openssl("ec", "-aes128", "-passout", "pass:x", "-in", "server.key", "-out", "locked.key")
-    (directory / "garbage.pem").write_text("no certificate")
-    return directory
-
-
-def server_tls(pki: Path) -> dict[str, str]:
-    return {"tls_certificate": str(pki / "server.pem"), "tls_key": str(pki / "server.key")}
 
 
 @pytest.fixture
@@ -163,194 +128,6 @@ def test_files_that_cannot_be_used_stop_the_server_from_starting(
 ) -> None:
     paths = {name: str(pki / file) for name, file in changes.items()}
     with pytest.raises(errors.SettingsError, match=text), serve(changed(over_tls, **paths)):
-        pass
-
-
-@pytest.fixture
-def fronted(settings: Settings, pki: Path) -> Settings:
-    """Settings for the transport that knows no TLS itself."""
-    return changed(settings, **server_tls(pki), transport="native")
-
-
-@contextlib.contextmanager
-def tls_connection(running: Running, pki: Path, *protocols: str) -> Iterator[ssl.SSLSocket]:
-    """Connect as far as TLS goes."""
-    context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
-    if protocols:
-        context.set_alpn_protocols(list(protocols))
-    with (
-        socket.create_connection(("127.0.0.1", running.server.port), SECONDS) as connection,
-        context.wrap_socket(connection, server_hostname="127.0.0.1") as secure,
-    ):
-        yield secure
-
-
-def test_calls_beside_each_other_and_large_ones_pass_over_tls(fronted: Settings, pki: Path) -> None:
-    with (
-        serve(fronted) as running,
-        Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client,
-    ):
-        with ThreadPoolExecutor(16) as pool:
-            found = pool.map(lambda number: client.recommend(f"u{number}", count=100), range(200))
-            assert all(len(each.items) == 100 for each in found)
-        # More than any buffer on the way holds, there and back.
-        items = [f"{number:06}-{'x' * 240}" for number in range(1000)]
-        assert len(client.score("u", items).items) == len(items)
-        assert client.status().version == 1
-
-
-def test_over_tls_health_and_reflection_are_served_too(fronted: Settings, pki: Path) -> None:
-    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
-    with serve(fronted) as running, grpc.secure_channel(running.target, credentials) as channel:
-        assert HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS).status
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
-        assert next(iter(ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=SECONDS)))
-
-
-def test_who_speaks_no_tls_or_no_http2_is_left_alone_and_troubles_nobody(fronted: Settings, pki: Path) -> None:
-    with serve(fronted) as running:
-        with raw(running) as clear, contextlib.suppress(ConnectionError):
-            # An alert of TLS at most; no frames.
-            assert not clear.makefile("rb").read().startswith(b"\x00\x00")
-        for protocols in ((), ("http/1.1",)):
-            with contextlib.suppress(ConnectionError, ssl.SSLError), tls_connection(running, pki, *protocols) as other:
-                assert other.recv(1) == b""
-        with tls_connection(running, pki, "h2") as connection:
-            connection.sendall(PREFACE)
-            assert connection.recv(1)
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
-            assert client.recommend("u").version == 1
-
-
-def test_over_tls_connections_are_bounded_from_their_first_packet_on(fronted: Settings, pki: Path) -> None:
-    with serve(changed(fronted, max_connections=2)) as running:
-        address = ("127.0.0.1", running.server.port)
-        with (
-            socket.create_connection(address, SECONDS),
-            tls_connection(running, pki, "h2"),
-            socket.create_connection(address, SECONDS) as third,
-            contextlib.suppress(ConnectionError),
-        ):
-            assert third.recv(1) == b""
-        # Those that have gone are none any more.
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
-            assert client.recommend("u").version == 1
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def sent_until_disconnected(connection: ssl.SSLSocket, pieces: Iterable[bytes]) -> int:
-    """Send piece after piece; count those that went before the peer hung up, and all where it does not."""
-    connection.settimeout(SECONDS)
-    for number, piece in enumerate(pieces):
-        try:
-            connection.sendall(piece)
-            # What nobody has answered yet is read on the way.
-            connection.settimeout(0.01)
-            with contextlib.suppress(TimeoutError):
-                if not connection.recv(1 << 16):
-                    return number
-            connection.settimeout(SECONDS)
-        except OSError:
-            return number
-    return number + 1
-
-
-def test_over_tls_a_peer_that_pings_all_the_time_is_disconnected(fronted: Settings, pki: Path) -> None:
-    ping = frame(6, 0, 0, b"12345678")
-    with serve(changed(fronted, min_ping_seconds=30.0)) as running:
-        with tls_connection(running, pki, "h2") as connection:
-            connection.sendall(PREFACE)
-            assert sent_until_disconnected(connection, [ping] * 100) < 100
-        # In pieces that end anywhere.
-        with tls_connection(running, pki, "h2") as connection:
-            everything = PREFACE + ping * 100
-            pieces = [everything[first : first + 7] for first in range(0, len(everything), 7)]
-            assert sent_until_disconnected(connection, pieces) < len(pieces)
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
-            assert client.recommend("u").version == 1
-    with serve(changed(fronted, min_ping_seconds=0.0)) as running, tls_connection(running, pki, "h2") as connection:
-        connection.sendall(PREFACE)
-        assert sent_until_disconnected(connection, [ping] * 100) == 100
-
-
-def test_over_tls_calls_between_pings_are_no_strikes(fronted: Settings, pki: Path) -> None:
-    ping = frame(6, 0, 0, b"12345678")
-    names = {
-        ":method": "POST",
-        ":scheme": "http",
-        ":path": "/none",
-        "te": "trailers",
-        "content-type": "application/grpc",
-    }
-    block = b"".join(
-        bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in names.items()
-    )
-    calls = [frame(1, 5, 1 + 2 * number, block) + ping for number in range(20)]
-    with serve(changed(fronted, min_ping_seconds=30.0)) as running, tls_connection(running, pki, "h2") as connection:
-        connection.sendall(PREFACE)
-        told = frames(connection)
-        for call in calls:
-            connection.sendall(call)
-            # Both are answered before the next are sent: HEADERS, and what is no ping but the answer to one.
-            left = {1, 6}
-            while left:
-                left.discard(next(told)[0])
-
-
-def test_over_tls_a_message_that_is_far_too_large_is_not_received(fronted: Settings, pki: Path) -> None:
-    limit = 1 << 20
-    method = "/recsys.v1.RecommenderService/Recommend"
-    with serve(changed(fronted, max_message_bytes=limit)) as running:
-        credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
-        with grpc.secure_channel(running.target, credentials) as channel:
-            for size, codes in ((limit + 1, {CODE.RESOURCE_EXHAUSTED}), (20 * limit, {CODE.UNAVAILABLE})):
-                with pytest.raises(grpc.RpcError) as caught:
-                    channel.unary_unary(method)(bytes(size), timeout=SECONDS)
-                assert caught.value.code() in codes
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
-            assert client.recommend("u").version == 1
-
-
-def test_over_tls_a_connection_that_says_nothing_is_closed(fronted: Settings, pki: Path) -> None:
-    with serve(changed(fronted, max_idle_seconds=1.0)) as running, tls_connection(running, pki, "h2") as connection:
-        connection.sendall(PREFACE)
-        while connection.recv(1 << 16):
-            pass
-
-
-def test_over_tls_a_stopping_server_finishes_what_is_in_flight(fronted: Settings, pki: Path) -> None:
-    with (
-        serve(fronted) as running,
-        Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client,
-    ):
-        assert client.recommend("u").version == 1
-        assert running.scorer.entered.acquire(timeout=SECONDS)
-        running.scorer.gate.clear()
-        with ThreadPoolExecutor(2) as pool:
-            held = pool.submit(client.recommend, "held")
-            assert running.scorer.entered.acquire(timeout=SECONDS)
-            stopping = pool.submit(running.stop)
-            # Nobody is let in while it stops.
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", running.server.port), SECONDS).close()
-                except ConnectionError:
-                    break
-            assert not stopping.done()
-            running.scorer.gate.set()
-            assert held.result(SECONDS).version == 1
-            stopping.result(SECONDS)
-
-
-def test_over_tls_a_taken_port_is_an_error(fronted: Settings) -> None:
-    with (
-        serve(fronted) as running,
-        pytest.raises(errors.AddressInUse, match="the port is taken"),
-        serve(changed(fronted, port=running.server.port)),
-    ):
         pass
 
 
@@ -736,23 +513,6 @@ def test_metadata_over_the_limit_is_refused(settings: Settings) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             send(running, "/recsys.v1.RecommenderService/Recommend", b"", "x" * 1024)
         assert caught.value.code() == CODE.RESOURCE_EXHAUSTED
-
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + struct.pack(">I", 0)[1:] + b"\x04\x00" + struct.pack(">I", 0)
-
-
-def frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """Read a peer's frames, type and payload, until it closes."""
-    with connection.makefile("rb") as stream, contextlib.suppress(ConnectionError):
-        while len(head := stream.read(9)) == 9:
-            yield head[3], stream.read(int.from_bytes(head[:3], "big"))
-
-
-@contextlib.contextmanager
-def raw(running: Running) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", running.server.port), SECONDS) as connection:
-        connection.sendall(PREFACE)
-        yield connection
 
 
 def test_calls_in_flight_on_one_connection_are_bounded(settings: Settings) -> None:

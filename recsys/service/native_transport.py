@@ -26,6 +26,7 @@ from google.rpc import code_pb2
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
 from recsys.batcher import Batcher
+from recsys.errors import RecsysError, SettingsError
 from recsys.service.edge import Call, Edge, Ending, Metadata
 from recsys.service.errors import Refusal
 from recsys.service.grpcio_transport import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, limits, taken
@@ -38,6 +39,10 @@ IO_THREADS = 1
 EVENTS_AT_ONCE = 256
 # The last answers are written by threads of the transport, and its `close` does not wait for them.
 FLUSH_SECONDS = 0.2
+# Calls that were sent before their clients had heard that they are to leave come within this time.
+LEAVE_SECONDS = 0.2
+# The longest path of a socket that systems take, in bytes.
+SOCKET_PATH = 100
 # A batch that takes longer than this does not keep new calls waiting: they are looked for beside it, as often.
 PATIENCE_SECONDS = 0.025
 
@@ -63,18 +68,23 @@ class NativeTransport:
         """Listen.
 
         Raises:
-            SettingsError: when the settings name TLS files that cannot be used.
+            SettingsError: when the settings name TLS files that cannot be used, or TMPDIR a folder too far down.
             AddressInUse: when the port is taken.
         """
-        self._tls = TlsFront(settings, share_port=share_port) if settings.tls_certificate else None
         # Others can enter no folder that is made so, and reach no socket in it.
         self._folder = Path(tempfile.mkdtemp(prefix="recsys-"))
         self._behind_tls = str(self._folder / "behind-tls")
-        address = f"unix:{self._behind_tls}" if self._tls else f"{bracketed(settings.host)}:{settings.port}"
+        self._tls = None
+        address = f"{bracketed(settings.host)}:{settings.port}"
         self._edge, self._receiver = edge, receiver
         self._max_message_bytes = settings.max_message_bytes
         self._paths = list(edge.methods)
         try:
+            if len(self._behind_tls) > SOCKET_PATH:
+                raise SettingsError(f"TMPDIR: {tempfile.gettempdir()} is too long a path for a socket in it")
+            if settings.tls_certificate:
+                self._tls = TlsFront(settings, share_port=share_port)
+            address = f"unix:{self._behind_tls}" if self._tls else address
             others = _threads()
             self._front = NativeGrpcFront(
                 address,
@@ -89,9 +99,13 @@ class NativeTransport:
                 reuse_port=share_port and not self._tls,
             )
             self._io_threads = _threads() - others
-        except OSError as error:
+        except (OSError, RecsysError) as error:
             shutil.rmtree(self._folder, ignore_errors=True)
-            raise taken(address) from error
+            if self._tls:
+                self._tls.refuse()
+            if isinstance(error, OSError):
+                raise taken(address) from error
+            raise
         self.port = self._tls.port if self._tls else self._front.bound_port
         self._behind = grpc.aio.server(options=limits(settings))
         add_services(self._behind)
@@ -116,9 +130,10 @@ class NativeTransport:
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, give those in flight `grace` seconds, and close every connection."""
-        self._stopping = True
         if self._tls:
             self._tls.refuse()
+            await asyncio.sleep(min(grace, LEAVE_SECONDS))
+        self._stopping = True
         behind = asyncio.ensure_future(self._behind.stop(grace))
         if self._calls:
             await asyncio.to_thread(self._idle.wait, grace)

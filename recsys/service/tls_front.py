@@ -1,41 +1,32 @@
 """TlsFront: connections over TLS, passed on in the clear to a Unix socket that nobody else can reach.
 
-For a transport that knows no TLS, and not what one peer may take of it. The TLS is asyncio's, OpenSSL that is; of
-HTTP/2 (RFC 9113) clients must agree to speak it, and the heads of the frames that they send are looked at.
+For a transport that knows no TLS, and not what one peer may take of it. The TLS is asyncio's, OpenSSL that is; clients
+must agree to speak HTTP/2.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import ssl
-from typing import cast
 
-from recsys.service.grpcio_transport import taken
+from recsys.service.grpcio_transport import HANDSHAKE_SECONDS, taken
+from recsys.service.passage import GOODBYE_SECONDS, Passage
 from recsys.settings import Settings, bracketed
 from recsys.tls import Named, read_pem
 
-# A peer that connects and does not finish its handshake holds a connection for this long, and one that is closed and
-# does not say goodbye for that long.
-HANDSHAKE_SECONDS = 10.0
-SHUTDOWN_SECONDS = 5.0
-# How long nobody is let in when the system has no descriptors left.
+# How long nobody is let in when the system has no descriptors left, and how often that is said.
 PAUSE_SECONDS = 0.1
+SAY_SECONDS = 60.0
 BACKLOG = 1024
-# All gRPC speaks, and what a client begins with.
+# All gRPC speaks.
 PROTOCOL = "h2"
-PREFACE_BYTES = 24
-# Of a frame: its head, and kinds and flags in it.
-HEAD_BYTES, STREAM_BITS = 9, 0x7FFFFFFF
-DATA, RST_STREAM, PING = 0, 3, 6
-END_STREAM, ACK = 1, 1
-# A message up to so many times too large is received, so that its sender can be told; nobody sends one that is larger.
-TOO_LARGE = 2
-# Pings too soon after the last one, with nothing said to the client between them but that it came, before a client is
-# disconnected; as grpcio counts.
-STRIKES = 2
-PONG_BYTES = HEAD_BYTES + 8
+# Hosts that stand for every address of the machine.
+WILD = ("0.0.0.0", "::")
+# Addresses of an interface that is not there: what else a name stands for will do.
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +34,7 @@ _log = logging.getLogger(__name__)
 class TlsFront:
     """Listen from the moment it is made, on `port`.
 
-    Enforces max_connections, max_idle_seconds and min_ping_seconds, and bounds a message to TOO_LARGE times
-    max_message_bytes while it arrives. A connection is one from its first packet on, and idle while nothing at all is
-    said, pings included.
+    Enforces max_connections, from a connection's first packet on, and what Passage does.
     """
 
     def __init__(self, settings: Settings, *, share_port: bool = False) -> None:
@@ -57,191 +46,102 @@ class TlsFront:
         """
         self._context = _context(settings)
         self._settings = settings
-        self._socket = _listen(settings, share_port)
-        self.port = int(self._socket.getsockname()[1])
-        self._serving: set[asyncio.Task[None]] = set()
+        self._sockets = _listen(settings, share_port)
+        self.port = int(self._sockets[0].getsockname()[1])
+        self._serving: dict[asyncio.Task[None], Passage] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._said = float("-inf")
 
     def start(self, path: str) -> None:
         """Begin to pass connections on to the Unix socket at `path`, on the event loop that runs."""
         self._path, self._loop = path, asyncio.get_running_loop()
-        self._loop.add_reader(self._socket, self._accept)
+        for each in self._sockets:
+            self._loop.add_reader(each, self._accept, each)
 
     def refuse(self) -> None:
-        """Let nobody else in; connections that there are stay."""
-        self._loop.remove_reader(self._socket)
-        self._socket.close()
+        """Let nobody else in, and ask those who are to take their next calls elsewhere."""
+        for each in self._sockets:
+            if self._loop is not None:
+                self._loop.remove_reader(each)
+            each.close()
+        for passage in self._serving.values():
+            passage.leave()
 
     async def close(self) -> None:
         """Close what connections there are at once, some time after `refuse`."""
         for task in self._serving:
             task.cancel()
-        await asyncio.gather(*self._serving)
+        await asyncio.gather(*self._serving, return_exceptions=True)
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket) -> None:
+        assert self._loop is not None
         try:
-            connection, _ = self._socket.accept()
-        except BlockingIOError:
+            connection, _ = listening.accept()
+        except (BlockingIOError, ConnectionError):
+            # Nobody, or somebody who has gone again.
             return
         except OSError as error:
-            _log.warning("no connection can be accepted: %s", error)
-            self._loop.remove_reader(self._socket)
-            self._loop.call_later(PAUSE_SECONDS, self._go_on)
+            self._wait(listening, error)
             return
         if len(self._serving) >= self._settings.max_connections:
             connection.close()
             return
         connection.setblocking(False)
-        task = self._loop.create_task(self._serve(connection))
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
+        passage = Passage(self._settings)
+        task = self._loop.create_task(self._serve(connection, passage))
+        self._serving[task] = passage
+        task.add_done_callback(self._served)
 
-    def _go_on(self) -> None:
+    def _wait(self, listening: socket.socket, error: OSError) -> None:
+        assert self._loop is not None
+        if self._loop.time() - self._said >= SAY_SECONDS:
+            self._said = self._loop.time()
+            _log.warning("no connection can be accepted: %s", error)
+        self._loop.remove_reader(listening)
+        self._loop.call_later(PAUSE_SECONDS, self._go_on, listening)
+
+    def _go_on(self, listening: socket.socket) -> None:
         # Meanwhile it may have been closed.
-        if self._socket.fileno() >= 0:
-            self._loop.add_reader(self._socket, self._accept)
+        if self._loop is not None and listening.fileno() >= 0:
+            self._loop.add_reader(listening, self._accept, listening)
 
-    async def _serve(self, connection: socket.socket) -> None:
-        """Pass on all that either side of a connection says until one of them is gone or both have been silent."""
-        loop, outer, inner = self._loop, _Outer(self._settings), _Side()
+    def _served(self, task: asyncio.Task[None]) -> None:
+        del self._serving[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a connection came to nothing", exc_info=error)
+
+    async def _serve(self, connection: socket.socket, passage: Passage) -> None:
+        """Pass on all that either side of a connection says until one of them is gone."""
         try:
-            await loop.connect_accepted_socket(
-                lambda: outer,
+            if await self._open(connection, passage):
+                await passage.run()
+        except asyncio.CancelledError:
+            passage.abort()
+        await passage.close()
+
+    async def _open(self, connection: socket.socket, passage: Passage) -> bool:
+        """Connect both ends."""
+        assert self._loop is not None
+        try:
+            transport, _ = await self._loop.connect_accepted_socket(
+                lambda: passage.outer,
                 connection,
                 ssl=self._context,
                 ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                ssl_shutdown_timeout=SHUTDOWN_SECONDS,
+                ssl_shutdown_timeout=GOODBYE_SECONDS,
             )
-            if outer.transport.get_extra_info("ssl_object").selected_alpn_protocol() == PROTOCOL:
-                await loop.create_unix_connection(lambda: inner, self._path)
-                await self._pass_on(outer, inner)
         except OSError as error:
             # Strangers that speak no TLS, or show no certificate, are nothing to trouble anybody with.
             _log.debug("a connection came to nothing: %s", error)
-        except asyncio.CancelledError:
-            outer.abort()
-            inner.abort()
-        await outer.close()
-        await inner.close()
-
-    async def _pass_on(self, outer: _Side, inner: _Side) -> None:
-        outer.join(inner)
-        inner.join(outer)
-        left = idle = self._settings.max_idle_seconds
-        ends = {outer.ended, inner.ended}
-        while left > 0:
-            if (await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED))[0]:
-                return
-            left = max(outer.heard, inner.heard) + idle - self._loop.time()
-
-
-class _Side(asyncio.Protocol):
-    """One end of a connection; what it hears goes to the other, and no faster than that takes it."""
-
-    transport: asyncio.Transport
-    _other: _Side
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[None] = self._loop.create_future()
-        # When it last said anything, by the loop's clock, and how many bytes it has said.
-        self.heard, self.said = 0.0, 0
-
-    def join(self, other: _Side) -> None:
-        """Begin to listen, and pass on what is heard to another that has a transport too."""
-        self._other, self.heard = other, self._loop.time()
-        self.transport.resume_reading()
-
-    async def close(self) -> None:
-        """Send what is left, and wait until it is closed, if it ever was open; who is cancelled does not wait."""
-        if hasattr(self, "transport"):
-            self.transport.close()
-            try:
-                await asyncio.wait({self.ended})
-            except asyncio.CancelledError:
-                self.transport.abort()
-                await asyncio.wait({self.ended})
-
-    def abort(self) -> None:
-        """Close it at once, if it ever was open."""
-        if hasattr(self, "transport"):
-            self.transport.abort()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        # Until there is somebody to tell.
-        self.transport.pause_reading()
-
-    def data_received(self, data: bytes) -> None:
-        self.heard = self._loop.time()
-        self.said += len(data)
-        self._other.transport.write(data)
-
-    def pause_writing(self) -> None:
-        self._other.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        self._other.transport.resume_reading()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
-
-
-class _Outer(_Side):
-    """The client's end, which is disconnected when it takes more than its share."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self._largest = TOO_LARGE * settings.max_message_bytes
-        self._most, self._ping_seconds = settings.max_concurrent_streams, settings.min_ping_seconds
-        # Bytes to come of the frame that is being received, and what has come of the next one's head.
-        self._left, self._head = PREFACE_BYTES, b""
-        # Bytes that have come of each message of which more is to come.
-        self._sent: dict[int, int] = {}
-        # When it last pinged, how often it has, and how many bytes it was told by then that are no pongs.
-        self._pinged, self._pings, self._told, self._strikes = float("-inf"), 0, 0, 0
-
-    def data_received(self, data: bytes) -> None:
-        if self._fair(data):
-            super().data_received(data)
-        else:
-            self.transport.abort()
-
-    def _fair(self, data: bytes) -> bool:
-        """Follow the frames, and tell whether the client keeps to its share."""
-        at = self._left
-        if self._head:
-            data, at = self._head + data, 0
-        while len(data) - at >= HEAD_BYTES:
-            size, kind, flags = int.from_bytes(data[at : at + 3]), data[at + 3], data[at + 4]
-            stream = int.from_bytes(data[at + 5 : at + HEAD_BYTES]) & STREAM_BITS
-            if kind == DATA and not self._room(stream, size, flags):
-                return False
-            if kind == RST_STREAM:
-                self._sent.pop(stream, None)
-            if kind == PING and not flags & ACK and not self._patient():
-                return False
-            at += HEAD_BYTES + size
-        self._left = max(0, at - len(data))
-        self._head = data[at:]
+            return False
+        if transport.get_extra_info("ssl_object").selected_alpn_protocol() != PROTOCOL:
+            return False
+        try:
+            await self._loop.create_unix_connection(lambda: passage.inner, self._path)
+        except OSError as error:
+            _log.warning("a connection cannot be passed on: %s", error)
+            return False
         return True
-
-    def _room(self, stream: int, size: int, flags: int) -> bool:
-        """Take in that so much came of a call's message."""
-        sent = self._sent.pop(stream, 0) + size
-        if not flags & END_STREAM:
-            self._sent[stream] = sent
-        # Calls that were answered early may leave a message unfinished; nobody leaves many.
-        return sent <= self._largest and len(self._sent) <= 2 * self._most
-
-    def _patient(self) -> bool:
-        """Take in a ping."""
-        now, told = self._loop.time(), self._other.said - PONG_BYTES * self._pings
-        # Clients ping to learn how fast answers come, too. While pongs are due what was told is taken for less.
-        soon = now - self._pinged < self._ping_seconds and told <= self._told
-        self._strikes = self._strikes + 1 if soon else 0
-        self._pinged, self._pings, self._told = now, self._pings + 1, max(told, self._told)
-        return self._strikes <= STRIKES
 
 
 def _context(settings: Settings) -> ssl.SSLContext:
@@ -258,25 +158,44 @@ def _context(settings: Settings) -> ssl.SSLContext:
     if settings.tls_client_ca:
         context.load_verify_locations(settings.tls_client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
+        # Whoever is named is trusted: an authority between the root's and the clients' too.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
 
 
-def _listen(settings: Settings, share_port: bool) -> socket.socket:
+def _listen(settings: Settings, share_port: bool) -> list[socket.socket]:
+    """Listen on every address that the host has; on all there are, of IPv4 and IPv6, where it says so."""
+    found = list[socket.socket]()
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
-            0
-        ]
-        listening = socket.socket(family, kind, protocol)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if share_port:
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listening.bind(address)
-            listening.listen(BACKLOG)
-        except OSError:
-            listening.close()
-            raise
+        if settings.host in WILD and socket.has_dualstack_ipv6():
+            found = _bind("::", settings.port, share_port, both=True)
+        found = found or _bind(settings.host, settings.port, share_port)
     except OSError as error:
         raise taken(f"{bracketed(settings.host)}:{settings.port}") from error
-    listening.setblocking(False)
-    return listening
+    if not found:
+        raise taken(f"{bracketed(settings.host)}:{settings.port}")
+    return found
+
+
+def _bind(host: str, port: int, share_port: bool, *, both: bool = False) -> list[socket.socket]:
+    """Listen on each address of a host that this machine has; on IPv4 too where an address of IPv6 stands for both."""
+    found = list[socket.socket]()
+    try:
+        for family, _, _, _, (address, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                each = socket.create_server(
+                    (address, port), family=family, backlog=BACKLOG, reuse_port=share_port, dualstack_ipv6=both
+                )
+            except OSError as error:
+                if error.errno not in ABSENT:
+                    raise
+                continue
+            each.setblocking(False)
+            found.append(each)
+            # Where the system chooses the port, one for all.
+            port = each.getsockname()[1]
+    except OSError:
+        for each in found:
+            each.close()
+        raise
+    return found

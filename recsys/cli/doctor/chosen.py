@@ -95,11 +95,6 @@ def _capacity(settings: Settings) -> Iterator[Finding]:
     if wanted > cores:
         found = f"torch_threads x server_processes = {wanted} on {cores} cores: threads would wait for one another"
         yield Finding("settings", "warning", found, "lower one of them")
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    each = FILES_WITH_TLS if settings.tls_certificate and settings.transport != "grpcio" else 1
-    if files != resource.RLIM_INFINITY and files < each * settings.max_connections + OTHER_FILES:
-        found = f"max_connections = {settings.max_connections:,}, and a process may open {files:,} files"
-        yield Finding("settings", "warning", found, "raise it (ulimit -n), or lower max_connections")
 
 
 def _transport(settings: Settings) -> Iterator[Finding]:
@@ -112,6 +107,11 @@ def _transport(settings: Settings) -> Iterator[Finding]:
     if name == "grpcio" and settings.transport == "auto" and is_loopback(settings.host):
         faster = "; the extra recsys[native] has one that takes several times as many calls"
     yield Finding("transport", "ok", f"{name} (transport = {settings.transport}){faster}")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    each = FILES_WITH_TLS if settings.tls_certificate and name == "native" else 1
+    if files != resource.RLIM_INFINITY and files < each * settings.max_connections + OTHER_FILES:
+        found = f"max_connections = {settings.max_connections:,}, and a process may open {files:,} files"
+        yield Finding("settings", "warning", found, "raise it (ulimit -n), or lower max_connections")
 
 
 def _certificates(settings: Settings) -> Iterator[Finding]:

@@ -1,0 +1,401 @@
+"""Over TLS before the transport that knows none: what passes, what does not, and how a connection ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from calls import SECONDS
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
+from http2 import PREFACE, frame, frames, raw
+from serving import Running, changed, serve, server_tls
+
+from recsys import Client, errors
+from recsys.client import TlsOptions
+from recsys.service import passage, tls_front
+from recsys.settings import Settings
+
+CODE = grpc.StatusCode
+RECOMMEND = "/recsys.v1.RecommenderService/Recommend"
+PING = frame(6, 0, 0, b"12345678")
+
+
+@pytest.fixture
+def fronted(settings: Settings, pki: Path) -> Settings:
+    """Settings for the transport that knows no TLS itself."""
+    return changed(settings, **server_tls(pki), transport="native")
+
+
+@contextlib.contextmanager
+def tls_connection(running: Running, pki: Path, *protocols: str) -> Iterator[ssl.SSLSocket]:
+    """Connect as far as TLS goes."""
+    context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
+    if protocols:
+        context.set_alpn_protocols(list(protocols))
+    with (
+        socket.create_connection(("127.0.0.1", running.server.port), SECONDS) as connection,
+        context.wrap_socket(connection, server_hostname="127.0.0.1") as secure,
+    ):
+        yield secure
+
+
+def test_calls_beside_each_other_and_large_ones_pass_over_tls(fronted: Settings, pki: Path) -> None:
+    with (
+        serve(fronted) as running,
+        Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client,
+    ):
+        with ThreadPoolExecutor(16) as pool:
+            found = pool.map(lambda number: client.recommend(f"u{number}", count=100), range(200))
+            assert all(len(each.items) == 100 for each in found)
+        # More than any buffer on the way holds, there and back.
+        items = [f"{number:06}-{'x' * 240}" for number in range(1000)]
+        assert len(client.score("u", items).items) == len(items)
+        assert client.status().version == 1
+
+
+def test_over_tls_health_and_reflection_are_served_too(fronted: Settings, pki: Path) -> None:
+    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
+    with serve(fronted) as running, grpc.secure_channel(running.target, credentials) as channel:
+        assert HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS).status
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        assert next(iter(ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=SECONDS)))
+
+
+def test_who_speaks_no_tls_or_no_http2_is_left_alone_and_troubles_nobody(fronted: Settings, pki: Path) -> None:
+    with serve(fronted) as running:
+        with raw(running) as clear, contextlib.suppress(ConnectionError):
+            # An alert of TLS at most; no frames.
+            assert not clear.makefile("rb").read().startswith(b"\x00\x00")
+        for protocols in ((), ("http/1.1",)):
+            with contextlib.suppress(ConnectionError, ssl.SSLError), tls_connection(running, pki, *protocols) as other:
+                assert other.recv(1) == b""
+        with tls_connection(running, pki, "h2") as connection:
+            connection.sendall(PREFACE)
+            assert connection.recv(1)
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+
+
+def test_over_tls_connections_are_bounded_from_their_first_packet_on(fronted: Settings, pki: Path) -> None:
+    with serve(changed(fronted, max_connections=2)) as running:
+        address = ("127.0.0.1", running.server.port)
+        with (
+            socket.create_connection(address, SECONDS),
+            tls_connection(running, pki, "h2"),
+            socket.create_connection(address, SECONDS) as third,
+            contextlib.suppress(ConnectionError),
+        ):
+            assert third.recv(1) == b""
+        # Those that have gone are none any more.
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+
+
+def call_to(path: str) -> bytes:
+    """Return the headers of a call, as the payload of a frame."""
+    names = {":method": "POST", ":scheme": "http", ":path": path, "te": "trailers", "content-type": "application/grpc"}
+    return b"".join(
+        bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in names.items()
+    )
+
+
+def sent_until_disconnected(connection: ssl.SSLSocket, pieces: Iterable[bytes]) -> int:
+    """Send piece after piece; count those that went before the peer hung up, and all where it does not."""
+    connection.settimeout(SECONDS)
+    for number, piece in enumerate(pieces):
+        try:
+            connection.sendall(piece)
+            # What nobody has answered yet is read on the way.
+            connection.settimeout(0.01)
+            with contextlib.suppress(TimeoutError):
+                if not connection.recv(1 << 16):
+                    return number
+            connection.settimeout(SECONDS)
+        except OSError:
+            return number
+    return number + 1
+
+
+def test_over_tls_a_peer_that_pings_all_the_time_is_disconnected(fronted: Settings, pki: Path) -> None:
+    with serve(changed(fronted, min_ping_seconds=30.0)) as running:
+        with tls_connection(running, pki, "h2") as connection:
+            connection.sendall(PREFACE)
+            assert sent_until_disconnected(connection, [PING] * 100) < 100
+        # In pieces that end anywhere.
+        with tls_connection(running, pki, "h2") as connection:
+            everything = PREFACE + PING * 100
+            pieces = [everything[first : first + 7] for first in range(0, len(everything), 7)]
+            assert sent_until_disconnected(connection, pieces) < len(pieces)
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+    with serve(changed(fronted, min_ping_seconds=0.0)) as running, tls_connection(running, pki, "h2") as connection:
+        connection.sendall(PREFACE)
+        assert sent_until_disconnected(connection, [PING] * 100) == 100
+
+
+def test_over_tls_calls_between_pings_are_no_strikes(fronted: Settings, pki: Path) -> None:
+    calls = [frame(1, 5, 1 + 2 * number, call_to("/none")) + PING for number in range(20)]
+    with serve(changed(fronted, min_ping_seconds=30.0)) as running, tls_connection(running, pki, "h2") as connection:
+        connection.sendall(PREFACE)
+        told = frames(connection)
+        for call in calls:
+            connection.sendall(call)
+            # Both are answered before the next are sent: HEADERS, and what is no ping but the answer to one.
+            left = {1, 6}
+            while left:
+                left.discard(next(told)[0])
+
+
+def test_over_tls_a_message_that_is_far_too_large_is_not_received(fronted: Settings, pki: Path) -> None:
+    limit = 1 << 20
+    with serve(changed(fronted, max_message_bytes=limit)) as running:
+        credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
+        with grpc.secure_channel(running.target, credentials) as channel:
+            for size, codes in ((limit + 1, {CODE.RESOURCE_EXHAUSTED}), (20 * limit, {CODE.UNAVAILABLE})):
+                with pytest.raises(grpc.RpcError) as caught:
+                    channel.unary_unary(RECOMMEND)(bytes(size), timeout=SECONDS)
+                assert caught.value.code() in codes
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+
+
+def test_over_tls_a_connection_without_calls_is_asked_to_go_and_closed(
+    fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "GOODBYE_SECONDS", 0.5)
+    with serve(changed(fronted, max_idle_seconds=1.0, min_ping_seconds=0.0)) as running:
+        with tls_connection(running, pki, "h2") as connection:
+            connection.sendall(PREFACE + frame(1, 5, 1, call_to("/none")))
+            # Pings are no calls.
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                sent, told = time.monotonic(), []
+                for kind, payload in frames(connection):
+                    told.append((kind, payload))
+                    time.sleep(0.01)
+                    connection.sendall(PING)
+            assert time.monotonic() - sent >= 1.0
+            last, reason = next(struct.unpack(">II", payload[:8]) for kind, payload in told if kind == 7)
+            assert (last, reason) == (2**31 - 1, 0)
+        # A client of gRPC goes on with another connection, and does not notice.
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            for _ in range(2):
+                assert client.recommend("u").version == 1
+                time.sleep(1.2)
+
+
+def test_over_tls_a_connection_with_a_call_is_not_idle(fronted: Settings, pki: Path) -> None:
+    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
+    with (
+        serve(changed(fronted, max_idle_seconds=1.0)) as running,
+        grpc.secure_channel(running.target, credentials) as channel,
+    ):
+        watch = HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        time.sleep(2.5)
+        assert watch.is_active()
+        watch.cancel()
+
+
+def test_over_tls_who_shows_nothing_is_disconnected(
+    fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "HANDSHAKE_SECONDS", 0.5)
+    with serve(fronted) as running:
+        for said in (b"", PREFACE[:24], PREFACE[:30]):
+            with tls_connection(running, pki, "h2") as connection:
+                connection.sendall(said)
+                while connection.recv(1 << 16):
+                    pass
+        with tls_connection(running, pki, "h2") as connection:
+            connection.sendall(PREFACE)
+            time.sleep(1.0)
+            connection.sendall(frame(1, 5, 1, call_to("/none")))
+            assert any(kind == 1 for kind, _ in frames(connection))
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_over_tls_who_reads_nothing_and_hangs_up_holds_no_place(
+    fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    for module in (passage, tls_front):
+        monkeypatch.setattr(module, "GOODBYE_SECONDS", 0.5)
+    with (
+        # One that is half closed is as idle as one that is not: nobody hears it hang up.
+        serve(
+            changed(fronted, max_connections=1, min_ping_seconds=0.0, max_idle_seconds=1.0 if half else 60.0)
+        ) as running,
+        tls_connection(running, pki, "h2") as connection,
+    ):
+        connection.sendall(PREFACE)
+        connection.settimeout(0.5)
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(PING * 1000)
+        if half:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+        else:
+            connection.close()
+        until = time.monotonic() + SECONDS
+        while True:
+            try:
+                with tls_connection(running, pki, "h2") as next_one:
+                    next_one.sendall(PREFACE)
+                    assert next_one.recv(1)
+                    return
+            except OSError:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+
+
+def test_over_tls_peers_that_vanish_are_no_errors(
+    fronted: Settings, pki: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve(fronted) as running:
+        for number in range(40):
+            with tls_connection(running, pki, "h2") as connection:
+                connection.sendall(PREFACE + b"".join(frame(1, 5, 2 * n + 1, call_to("/none")) for n in range(100)))
+                if number % 2:
+                    connection.recv(1)
+                # A reset, with all that is on its way.
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+            assert client.recommend("u").version == 1
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_over_tls_a_stopping_server_finishes_what_is_in_flight(fronted: Settings, pki: Path) -> None:
+    with (
+        serve(fronted) as running,
+        Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client,
+    ):
+        assert client.recommend("u").version == 1
+        assert running.scorer.entered.acquire(timeout=SECONDS)
+        running.scorer.gate.clear()
+        with ThreadPoolExecutor(2) as pool:
+            held = pool.submit(client.recommend, "held")
+            assert running.scorer.entered.acquire(timeout=SECONDS)
+            stopping = pool.submit(running.stop)
+            # Nobody is let in while it stops.
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", running.server.port), SECONDS).close()
+                except ConnectionError:
+                    break
+            assert not stopping.done()
+            running.scorer.gate.set()
+            assert held.result(SECONDS).version == 1
+            stopping.result(SECONDS)
+
+
+def test_over_tls_a_taken_port_is_an_error(fronted: Settings) -> None:
+    with (
+        serve(fronted) as running,
+        pytest.raises(errors.AddressInUse, match="the port is taken"),
+        serve(changed(fronted, port=running.server.port)),
+    ):
+        pass
+
+
+def test_over_tls_a_stopping_server_sends_clients_elsewhere(fronted: Settings, pki: Path) -> None:
+    """Of calls that follow one another none meets the server as it stops: the next finds nobody who listens."""
+    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
+    ended: list[grpc.RpcError] = []
+
+    def call(begun: threading.Event) -> None:
+        with grpc.secure_channel(running.target, credentials) as channel:
+            method = channel.unary_unary(RECOMMEND)
+            while True:
+                try:
+                    method(b"\n\x01u", timeout=SECONDS)
+                except grpc.RpcError as error:
+                    ended.append(error)
+                    return
+                begun.set()
+
+    with serve(fronted) as running, ThreadPoolExecutor(4) as pool:
+        begun = [threading.Event() for _ in range(4)]
+        calls = [pool.submit(call, each) for each in begun]
+        assert all(each.wait(SECONDS) for each in begun)
+        running.stop()
+        for each in calls:
+            each.result(SECONDS)
+    assert all(error.code() == CODE.UNAVAILABLE and "refused" in error.details() for error in ended), ended
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost"])
+def test_over_tls_every_address_of_the_host_is_listened_on(fronted: Settings, pki: Path, host: str) -> None:
+    addresses = {found[4][0] for found in socket.getaddrinfo("localhost", None)} | {"127.0.0.1"}
+    with serve(changed(fronted, host=host, insecure=True)) as running:
+        context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
+        context.set_alpn_protocols(["h2"])
+        for address in addresses if host == "localhost" else addresses | {"::1"} if socket.has_ipv6 else addresses:
+            with (
+                socket.create_connection((address, running.server.port), SECONDS) as connection,
+                context.wrap_socket(connection, server_hostname="localhost") as secure,
+            ):
+                secure.sendall(PREFACE)
+                assert secure.recv(1)
+
+
+def test_an_authority_between_root_and_client_is_enough(fronted: Settings, pki: Path, tmp_path: Path) -> None:
+    for name in ("ca.pem", "ca.key"):
+        shutil.copy(pki / name, tmp_path / name)
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for name, signer, extensions in (("middle", "ca", "basicConstraints=CA:TRUE"), ("of-it", "middle", "")):
+        (tmp_path / "ext").write_text(extensions)
+        openssl("req", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        signed = ("-CA", f"{signer}.pem", "-CAkey", f"{signer}.key", "-CAcreateserial", "-days", "1", "-extfile", "ext")
+        openssl("x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.pem")
+    with serve(changed(fronted, tls_client_ca=str(tmp_path / "middle.pem"))) as running:
+        own = TlsOptions(str(pki / "ca.pem"), str(tmp_path / "of-it.pem"), str(tmp_path / "of-it.key"))
+        with Client(running.target, timeout=SECONDS, tls=own) as client:
+            assert client.recommend("u").version == 1
+
+
+def test_what_does_not_start_leaves_no_port_open(fronted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as short:
+        folder = Path(short, "d" * 100)
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with pytest.raises(errors.SettingsError, match=r"TMPDIR: .* too long"), serve(changed(fronted, port=port)):
+            pass
+        assert os.listdir(folder) == []
+        monkeypatch.undo()
+    with serve(changed(fronted, port=port)) as running:
+        assert running.server.port == port
+
+
+def test_metadata_over_the_limit_is_refused_before_the_call_is(fronted: Settings, pki: Path) -> None:
+    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
+    with (
+        serve(changed(fronted, max_metadata_bytes=1024)) as running,
+        grpc.secure_channel(running.target, credentials) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        channel.unary_unary(RECOMMEND)(b"", timeout=SECONDS, metadata=[("x", "x" * 2048)])
+    assert caught.value.code() == CODE.UNKNOWN
+    assert "431" in caught.value.details()
