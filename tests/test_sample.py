@@ -267,6 +267,26 @@ def test_the_gate_ranks_some_of_a_batch_among_the_rows_that_the_learner_looked_a
     assert len(gate.ranking.differences) == np.isfinite(found.item_loss_B[some]).sum() > 0
 
 
+def test_of_the_past_the_gate_compares_what_was_ranked_among_the_same_rows(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sampled(monkeypatch)
+    monkeypatch.setattr("trainer.gate.WINDOW_VERSIONS", 1)
+    world = small(settings, gate_events=64, batches_per_version=4)
+    learner, gate = _learner(world, 0)
+    learner.allocate(f"more-{n}" for n in range(300))
+    for number in range(30):
+        report = learner.step(_wander(world, number, 64))
+        gate.observe(_wander(world, number, 64), report)
+    gate.accept(learner.take_changed())
+    gate._batches = 1
+    past = gate._past()
+    assert past is not None
+    # Nothing was learned in between.
+    assert max(abs(difference) for difference in past.differences) < 1e-5
+    assert len(past.differences) > 16
+
+
 def test_a_version_of_the_catalogue_alone_is_judged_alike_after_a_restart(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

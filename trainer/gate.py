@@ -150,9 +150,11 @@ class Gate:
         self._allocate()
         own = Prequential(settings, self._learner.network, self._learner.table)
         candidate = self._test(own, examples, self._learner.replica)
-        served = self._test(self._prequential, examples, self._served, candidate.look)
+        # Of many, those that were ranked together, as of a batch.
+        count = candidate.look.examples if candidate.look else len(examples)
+        served = self._test(self._prequential, examples.take(np.arange(count)), self._served, candidate.look)
         comparison = Comparison()
-        comparison.add(candidate.item_loss_B, served.item_loss_B)
+        comparison.add(candidate.item_loss_B[:count], served.item_loss_B)
         return comparison
 
     @torch.no_grad()

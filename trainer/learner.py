@@ -179,9 +179,13 @@ class Learner:
 
     def _lately(self) -> np.ndarray:
         """Return the rows of the newest feedback, and those of as many choices, however many impressions there are."""
-        item_B, class_B = self.window.columns(len(self.window), "item_B", "class_B")
-        chosen = np.flatnonzero(self._positive[class_B])[-LATELY:]
-        return np.concatenate([item_B[-LATELY:], item_B[chosen]])
+        count = 0
+        while True:
+            count = min(max(LATELY, 4 * count), len(self.window))
+            item_B, class_B = self.window.columns(count, "item_B", "class_B")
+            chosen = np.flatnonzero(self._positive[class_B])[-LATELY:]
+            if len(chosen) == LATELY or count == len(self.window):
+                return np.concatenate([item_B[-LATELY:], item_B[chosen]])
 
     def fade(self, by: float) -> None:
         """Let all that followed items count less, and anew what followed them in the newest choices.
