@@ -151,7 +151,8 @@ class Follower:
                 self._remember(self._scorer.record)
         if self._chain is None and not self._load():
             return False
-        deltas = self._store.read_after(self._scorer.version, wait_seconds, chain=self._chain)
+        held = self._scorer.version
+        deltas = self._scorer.beside(self._store.read_after, held, wait_seconds, chain=self._chain)
         if not deltas:
             self._check_past()
         for delta in deltas:

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("recsys.logs", "recsys.traces", "recsys.feedback", "recsys.device", "recsys.additions"),
         *("recsys.compiled", "recsys.last_place", "recsys.following", "recsys.standing"),
         *("recsys.packed_ids", "recsys.item_rows", "recsys.item_table", "recsys.rates", "recsys.network"),
-        *("recsys.encoding", "recsys.batcher", "recsys.audience", "recsys.feedback_file"),
+        *("recsys.encoding", "recsys.batcher", "recsys.beside", "recsys.audience", "recsys.feedback_file"),
     ),
     (
         "recsys.recommendation_id",

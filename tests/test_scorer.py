@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +20,6 @@ from recsys.encoding import RowHistory, encode_contexts
 from recsys.errors import CorruptWeights, NotReady
 from recsys.network import Histories
 from recsys.scorer import Answer, Query, ScoredItem, Scorer
-from recsys.scorer.scorer import NICER
 from recsys.settings import Settings
 from recsys.standing import TREND_DECAYS
 from recsys.store.v1.log_pb2 import HistoryEntry
@@ -547,15 +545,6 @@ def damaged(payload: WeightPayload) -> Iterator[tuple[str, WeightPayload]]:
     yield "a row is not in use", replace(payload, rows=[*payload.rows[:-1].tolist(), 5000])  # type: ignore[arg-type]
     yield "a new row leaves a gap", replace(payload, new_items=[("new", 4000)])
     yield "an item is not new", replace(payload, new_items=[("item-0", len(columns["total"]) + 1)])
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
-def test_what_the_next_version_needs_is_computed_by_a_thread_that_gives_way(empty: Scorer, versions: Versions) -> None:
-    empty.load(versions[0][0], versions[0][2], 0)
-    before = {thread.ident for thread in threading.enumerate()}
-    empty.apply(versions[1][0], versions[1][1], 0)
-    (beside,) = (thread for thread in threading.enumerate() if thread.ident not in before)
-    assert os.getpriority(os.PRIO_PROCESS, beside.native_id or 0) == os.getpriority(os.PRIO_PROCESS, 0) + NICER
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from recsys.beside import Beside
 from recsys.catalog import CatalogMirror
 from recsys.errors import NotReady
 from recsys.scorer.items import Ahead, Items, looked_at_roughly, partitioned_from
@@ -30,9 +28,6 @@ from recsys.weights.shared import Point, SharedWeights
 
 # Batch sizes scored once before the first request is let in.
 WARM_UP_SIZES = (1, 8, 32)
-# How much nicer than the rest the thread is that computes what the next version needs: beside answers it gets a tenth
-# of a core that it shares with them, and all that they leave.
-NICER = 10
 
 
 class Scorer:
@@ -58,7 +53,8 @@ class Scorer:
         self.problem = ""
         self._status = Status()
         self._retrieval = Search() if looked_at_roughly(device) else Retrieval(device)
-        self._beside = ThreadPoolExecutor(1, "recsys-beside", _give_way)
+        # For what moves the weights and has time, the reading of it included.
+        self.beside = Beside("recsys-beside")
         self._items: Items | None = None
         self._served: Served | None = None
         # Called with a version after the first answer that it gave.
@@ -168,9 +164,8 @@ class Scorer:
         replica = self._replica
         assert replica is not None
         assert self._items is not None
-        replica.check(payload)
         # Whoever applies is the only one who changes the table: it can be read without the lock.
-        next_ = self._beside.submit(_next, self._items, replica, payload).result()
+        next_ = self.beside(_next, self._items, replica, payload)
         with self._lock:
             replica.put(payload, next_.ready)
             items = next_.ahead.land(replica.table) if next_.ahead else self._items_of(replica)
@@ -244,14 +239,6 @@ class Scorer:
         return [answers[i] for i in range(len(queries))]
 
 
-def _give_way() -> None:
-    """Let the threads that answer go before this one; on Linux alone a thread has a priority of its own."""
-    if sys.platform == "linux":
-        # Some sandboxes do not allow it.
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICER)
-
-
 class _Next(NamedTuple):
     """Hold what can be had of the next version before it is put in place."""
 
@@ -261,6 +248,7 @@ class _Next(NamedTuple):
 
 
 def _next(items: Items, replica: Replica, payload: WeightPayload) -> _Next:
+    replica.check(payload)
     if payload.whole:
         # Copied column by column when it is put in place, rather than held twice.
         return _Next(None, None, None)
