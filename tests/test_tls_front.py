@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -29,8 +31,9 @@ from serving import Running, changed, serve, server_tls
 
 from recsys import Client, errors
 from recsys.client import TlsOptions
-from recsys.service import passage, tls_front
+from recsys.service import native_transport, passage, tls_front
 from recsys.settings import Settings
+from recsys.v1 import recommender_pb2
 
 CODE = grpc.StatusCode
 RECOMMEND = "/recsys.v1.RecommenderService/Recommend"
@@ -41,6 +44,12 @@ PING = frame(6, 0, 0, b"12345678")
 def fronted(settings: Settings, pki: Path) -> Settings:
     """Settings for the transport that knows no TLS itself."""
     return changed(settings, **server_tls(pki), transport="native")
+
+
+def _h2_context(pki: Path, *protocols: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
+    context.set_alpn_protocols(list(protocols or ("h2",)))
+    return context
 
 
 @contextlib.contextmanager
@@ -154,13 +163,13 @@ def test_over_tls_calls_between_pings_are_no_strikes(fronted: Settings, pki: Pat
     calls = [frame(1, 5, 1 + 2 * number, call_to("/none")) + PING for number in range(20)]
     with serve(changed(fronted, min_ping_seconds=30.0)) as running, tls_connection(running, pki, "h2") as connection:
         connection.sendall(PREFACE)
-        told = frames(connection)
-        for call in calls:
-            connection.sendall(call)
-            # Both are answered before the next are sent: HEADERS, and what is no ping but the answer to one.
-            left = {1, 6}
-            while left:
-                left.discard(next(told)[0])
+        with contextlib.closing(frames(connection)) as told:
+            for call in calls:
+                connection.sendall(call)
+                # Both are answered before the next are sent: HEADERS, and what is no ping but the answer to one.
+                left = {1, 6}
+                while left:
+                    left.discard(next(told)[0])
 
 
 def test_over_tls_a_message_that_is_far_too_large_is_not_received(fronted: Settings, pki: Path) -> None:
@@ -230,39 +239,101 @@ def test_over_tls_who_shows_nothing_is_disconnected(
             assert any(kind == 1 for kind, _ in frames(connection))
 
 
-@pytest.mark.parametrize("half", [True, False])
+def stuck(running: Running) -> bool:
+    """Tell whether there is anything to be sent that a client does not take."""
+    transport = running.server._transport
+    assert isinstance(transport, native_transport.NativeTransport)
+    assert transport._tls is not None
+    ends: list[Any] = [passing.outer for passing in transport._tls._serving.values()]
+    # What is encrypted and lies before the socket; asyncio does not tell of it otherwise.
+    below = [end.transport._ssl_protocol._transport for end in ends if hasattr(end, "transport")]
+    return any(each is not None and each.get_write_buffer_size() for each in below)
+
+
+@pytest.mark.parametrize("way", ["closed", "half closed", "said goodbye"])
 def test_over_tls_who_reads_nothing_and_hangs_up_holds_no_place(
-    fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+    fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     for module in (passage, tls_front):
         monkeypatch.setattr(module, "GOODBYE_SECONDS", 0.5)
+    # One that is half closed is as idle as one that is not: nobody hears it hang up.
+    idle = {"closed": 60.0, "half closed": 1.0, "said goodbye": 4.0}[way]
     with (
-        # One that is half closed is as idle as one that is not: nobody hears it hang up.
-        serve(
-            changed(fronted, max_connections=1, min_ping_seconds=0.0, max_idle_seconds=1.0 if half else 60.0)
-        ) as running,
+        serve(changed(fronted, max_connections=1, min_ping_seconds=0.0, max_idle_seconds=idle)) as running,
+        socket.socket() as small,
+    ):
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        small.connect(("127.0.0.1", running.server.port))
+        with _h2_context(pki).wrap_socket(small, server_hostname="127.0.0.1") as connection:
+            connection.sendall(PREFACE)
+            connection.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                # Goodbye is only heard as long as it is read at all: not when too much is stuck.
+                while way != "said goodbye" or not stuck(running):
+                    connection.sendall(PING * 4000)
+                    time.sleep(0.05 if way == "said goodbye" else 0)
+            with contextlib.suppress(OSError):
+                if way == "said goodbye":
+                    connection.settimeout(0.0)
+                    connection.unwrap()
+                elif way == "half closed":
+                    connection.shutdown(socket.SHUT_WR)
+                else:
+                    connection.close()
+            until = time.monotonic() + SECONDS
+            while True:
+                try:
+                    with tls_connection(running, pki, "h2") as next_one:
+                        next_one.sendall(PREFACE)
+                        assert next_one.recv(1)
+                        break
+                except OSError:
+                    assert time.monotonic() < until
+                    time.sleep(0.1)
+            running.stop()
+
+
+def test_over_tls_what_follows_an_answer_opens_no_call(
+    fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "GOODBYE_SECONDS", 0.5)
+    with (
+        serve(changed(fronted, max_idle_seconds=1.0)) as running,
         tls_connection(running, pki, "h2") as connection,
     ):
-        connection.sendall(PREFACE)
-        connection.settimeout(0.5)
-        with contextlib.suppress(OSError):
-            while True:
-                connection.sendall(PING * 1000)
-        if half:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR)
-        else:
-            connection.close()
-        until = time.monotonic() + SECONDS
-        while True:
-            try:
-                with tls_connection(running, pki, "h2") as next_one:
-                    next_one.sendall(PREFACE)
-                    assert next_one.recv(1)
-                    return
-            except OSError:
-                assert time.monotonic() < until
-                time.sleep(0.1)
+        connection.sendall(PREFACE + frame(1, 4, 1, call_to("/none")))
+        told = frames(connection)
+        while next(told)[0] != 1:
+            pass
+        # Trailers of a call that was answered before it was all there.
+        connection.sendall(frame(1, 5, 1, call_to("/none")))
+        assert [kind for kind, _ in told][-1:] == [7]
+
+
+def test_nothing_comes_between_the_parts_of_a_block_of_headers(settings: Settings) -> None:
+    async def told() -> list[int]:
+        passing = passage.Passage(settings)
+        loop, peers = asyncio.get_running_loop(), []
+        for end in (passing.outer, passing.inner):
+            ours, theirs = socket.socketpair()
+            await loop.create_connection(lambda end=end: end, sock=ours)
+            peers.append(theirs)
+        running = asyncio.ensure_future(passing.run())
+        client, server = peers
+        server.sendall(frame(4, 0, 0, b"") + frame(1, 0, 1, b"x"))
+        await asyncio.sleep(0.1)
+        passing.leave()
+        server.sendall(frame(9, 0, 1, b"y"))
+        await asyncio.sleep(0.1)
+        server.sendall(frame(9, 4, 1, b"z"))
+        await asyncio.sleep(0.1)
+        server.close()
+        await running
+        await passing.close()
+        with client:
+            return [kind for kind, _ in frames(client)]
+
+    assert asyncio.run(told()) == [4, 1, 9, 9, 7]
 
 
 def test_over_tls_peers_that_vanish_are_no_errors(
@@ -340,6 +411,41 @@ def test_over_tls_a_stopping_server_sends_clients_elsewhere(fronted: Settings, p
     assert all(error.code() == CODE.UNAVAILABLE and "refused" in error.details() for error in ended), ended
 
 
+def test_over_tls_a_stopping_server_waits_until_answers_are_taken(fronted: Settings, pki: Path) -> None:
+    calls = 60
+    with (
+        serve(changed(fronted, drain_seconds=SECONDS)) as running,
+        socket.socket() as small,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        small.connect(("127.0.0.1", running.server.port))
+        with _h2_context(pki).wrap_socket(small, server_hostname="127.0.0.1") as connection:
+            message = recommender_pb2.RecommendRequest(user_id="u", count=100).SerializeToString()
+            data = b"\0" + len(message).to_bytes(4) + message
+            # Nothing of what the server may send keeps it waiting but the client itself.
+            windows = frame(4, 0, 0, struct.pack(">HI", 4, 2**31 - 1)) + frame(8, 0, 0, struct.pack(">I", 2**30))
+            asked = (frame(1, 4, n, call_to(RECOMMEND)) + frame(0, 1, n, data) for n in range(1, 2 * calls, 2))
+            connection.sendall(PREFACE + windows + b"".join(asked))
+            assert connection.recv(1, 0) == b"\0"
+            stopping = pool.submit(running.stop)
+            time.sleep(2.0)
+            assert not stopping.done()
+            answered = left = 0
+            with connection.makefile("rb") as stream:
+                # The first byte was read.
+                head = b"\0" + stream.read(8)
+                while answered < calls:
+                    left = int.from_bytes(head[:3])
+                    stream.read(left)
+                    answered += head[3] == 1 and bool(head[4] & 1)
+                    # As clients do while they read.
+                    connection.sendall(frame(8, 0, 0, struct.pack(">I", max(1, left))))
+                    if answered < calls:
+                        head = stream.read(9)
+        stopping.result(SECONDS)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost"])
 def test_over_tls_every_address_of_the_host_is_listened_on(fronted: Settings, pki: Path, host: str) -> None:
     addresses = {found[4][0] for found in socket.getaddrinfo("localhost", None)} | {"127.0.0.1"}
@@ -374,19 +480,30 @@ def test_an_authority_between_root_and_client_is_enough(fronted: Settings, pki: 
             assert client.recommend("u").version == 1
 
 
-def test_what_does_not_start_leaves_no_port_open(fronted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_tls_an_address_with_several_names_is_one(fronted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: [*found, *found])
+    front = tls_front.TlsFront(fronted)
+    front.refuse()
+    assert front.port
+
+
+def test_what_does_not_start_leaves_nothing_behind(fronted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as short:
-        folder = Path(short, "d" * 100)
+        folder = Path(short, "é" * 50)
         folder.mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
         with pytest.raises(errors.SettingsError, match=r"TMPDIR: .* too long"), serve(changed(fronted, port=port)):
             pass
+        # Found out by the one behind, when the port is open already.
+        monkeypatch.setattr(native_transport, "SOCKET_PATH", 1000)
+        with pytest.raises(errors.AddressInUse) as caught, serve(changed(fronted, port=port)):
+            pass
         assert os.listdir(folder) == []
-        monkeypatch.undo()
-    with serve(changed(fronted, port=port)) as running:
-        assert running.server.port == port
+    with socket.create_server(("127.0.0.1", port)):
+        assert caught.value
 
 
 def test_metadata_over_the_limit_is_refused_before_the_call_is(fronted: Settings, pki: Path) -> None:

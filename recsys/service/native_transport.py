@@ -80,7 +80,7 @@ class NativeTransport:
         self._max_message_bytes = settings.max_message_bytes
         self._paths = list(edge.methods)
         try:
-            if len(self._behind_tls) > SOCKET_PATH:
+            if len(os.fsencode(self._behind_tls)) > SOCKET_PATH:
                 raise SettingsError(f"TMPDIR: {tempfile.gettempdir()} is too long a path for a socket in it")
             if settings.tls_certificate:
                 self._tls = TlsFront(settings, share_port=share_port)
@@ -130,6 +130,7 @@ class NativeTransport:
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, give those in flight `grace` seconds, and close every connection."""
+        until = time.monotonic() + grace
         if self._tls:
             self._tls.refuse()
             await asyncio.sleep(min(grace, LEAVE_SECONDS))
@@ -140,7 +141,7 @@ class NativeTransport:
         await asyncio.sleep(FLUSH_SECONDS)
         await behind
         if self._tls:
-            await self._tls.close()
+            await self._tls.close(max(0.0, until - time.monotonic()))
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:

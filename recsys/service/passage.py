@@ -19,8 +19,8 @@ GOODBYE_SECONDS = 5.0
 PREFACE_BYTES = 24
 # Of a frame: its head, and kinds and flags in it.
 HEAD_BYTES, STREAM_BITS = 9, 0x7FFFFFFF
-DATA, HEADERS, RST_STREAM, PING, GOAWAY = 0, 1, 3, 6, 7
-END_STREAM, ACK = 1, 1
+DATA, HEADERS, RST_STREAM, PING, GOAWAY, CONTINUATION = 0, 1, 3, 6, 7, 9
+END_STREAM, ACK, END_HEADERS = 1, 1, 4
 # Graceful (section 6.8): no error, and whatever call is on its way is still taken.
 LEAVE = (8).to_bytes(3) + bytes([GOAWAY, 0]) + bytes(4) + STREAM_BITS.to_bytes(4) + bytes(4)
 # A message up to so many times too large is received, so that its sender can be told; nobody sends one that is larger.
@@ -35,8 +35,8 @@ STRIKES = 2
 class Passage:
     """Pass on between two protocols that each wait for a transport: `outer` for the client's, `inner` for the other.
 
-    Enforces max_idle_seconds and min_ping_seconds, and bounds a message to TOO_LARGE times max_message_bytes. A
-    connection is idle while no call is open on it.
+    Enforces max_idle_seconds and min_ping_seconds, and bounds what a call sends to TOO_LARGE times max_message_bytes.
+    A connection is idle while no call is open on it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -69,7 +69,7 @@ class Passage:
         self.inner.leave()
 
     async def close(self) -> None:
-        """Close both ends and wait for it; what the client has not taken yet it gets if it takes it soon."""
+        """Close both ends and wait for it; what is on its way to the client may be lost if it says anything more."""
         self.inner.abort()
         await self.outer.close()
         await self.inner.close()
@@ -87,8 +87,9 @@ class _Calls:
         self._loop = asyncio.get_running_loop()
         self._largest = TOO_LARGE * settings.max_message_bytes
         self._most, self._ping_seconds = TOO_MANY * settings.max_concurrent_streams, settings.min_ping_seconds
-        # Bytes that have come of each open call's message.
+        # Bytes that have come of what each open call sends, and the last call that was begun: numbers only rise.
         self._sent: dict[int, int] = {}
+        self._last = 0
         # When the last one was over, by the loop's clock, and whether an answer was begun since the last ping.
         self._over, self._answered = self._loop.time(), True
         self._pinged, self._strikes = float("-inf"), 0
@@ -99,8 +100,8 @@ class _Calls:
 
     def asked(self, kind: int, flags: int, stream: int, size: int) -> bool:
         """Take in the head of a frame from the client; return False when that is more than its share."""
-        if kind == HEADERS:
-            self._sent.setdefault(stream, 0)
+        if kind == HEADERS and stream > self._last:
+            self._last, self._sent[stream] = stream, 0
             return len(self._sent) <= self._most
         if kind == DATA and stream in self._sent:
             self._sent[stream] += size
@@ -118,14 +119,16 @@ class _Calls:
         return True
 
     def _end(self, stream: int) -> None:
-        self._sent.pop(stream, None)
-        self._over = self._loop.time()
+        if self._sent.pop(stream, None) is not None:
+            self._over = self._loop.time()
 
     def _patient(self) -> bool:
         """Take in a ping. Clients send them to learn how fast answers come, too."""
         now = self._loop.time()
-        soon = now - self._pinged < self._ping_seconds and not self._answered
-        self._strikes = self._strikes + 1 if soon else 0
+        if self._answered:
+            self._strikes = 0
+        elif now - self._pinged < self._ping_seconds:
+            self._strikes += 1
         self._pinged, self._answered = now, False
         return self._strikes <= STRIKES
 
@@ -153,7 +156,8 @@ class _End(asyncio.Protocol):
         """Send what is left, for GOODBYE_SECONDS at most, and close, if it ever was open; at once if cancelled."""
         if not hasattr(self, "transport"):
             return
-        if not self.ended.done():
+        # A second time it would forget, over TLS, what it has not sent, and then could not be ended any more.
+        if not self.transport.is_closing():
             self.transport.close()
         with suppress(asyncio.CancelledError):
             await asyncio.wait({self.ended}, timeout=GOODBYE_SECONDS)
@@ -166,8 +170,8 @@ class _End(asyncio.Protocol):
             self.transport.abort()
 
     def write(self, data: bytes) -> None:
-        """Send something, unless it is closed."""
-        if not self.ended.done():
+        """Send something, unless it is closed or about to be."""
+        if not self.transport.is_closing():
             self.transport.write(data)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -225,9 +229,11 @@ class _Inner(_End):
     def __init__(self, calls: _Calls) -> None:
         super().__init__(calls, 0)
         self._leaving = False
+        # Whether more of a block of headers is to come, which nothing else may come between.
+        self._unfinished = False
 
     def leave(self) -> None:
-        """Tell the client to leave, as soon as no frame is half passed on."""
+        """Tell the client to leave, as soon as nothing is half passed on."""
         self._leaving = True
         self._say_so()
 
@@ -238,9 +244,11 @@ class _Inner(_End):
 
     def _say_so(self) -> None:
         # Its first frame must be its own.
-        if self.spoke and not self._left:
+        if self.spoke and not self._left and not self._unfinished:
             self._leaving = False
             self._other.write(LEAVE)
 
     def _take(self, kind: int, flags: int, stream: int, size: int) -> bool:
+        if kind in (HEADERS, CONTINUATION):
+            self._unfinished = not flags & END_HEADERS
         return self._calls.answered(kind, flags, stream, size)

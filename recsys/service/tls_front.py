@@ -67,8 +67,13 @@ class TlsFront:
         for passage in self._serving.values():
             passage.leave()
 
-    async def close(self) -> None:
-        """Close what connections there are at once, some time after `refuse`."""
+    async def close(self, grace: float) -> None:
+        """Close what connections there are, some time after `refuse`; their clients have `grace` seconds to do it.
+
+        They do when they have their answers: what is closed here before may be lost to them.
+        """
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=grace)
         for task in self._serving:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
@@ -117,7 +122,8 @@ class TlsFront:
                 await passage.run()
         except asyncio.CancelledError:
             passage.abort()
-        await passage.close()
+        finally:
+            await passage.close()
 
     async def _open(self, connection: socket.socket, passage: Passage) -> bool:
         """Connect both ends."""
@@ -181,7 +187,8 @@ def _bind(host: str, port: int, share_port: bool, *, both: bool = False) -> list
     """Listen on each address of a host that this machine has; on IPv4 too where an address of IPv6 stands for both."""
     found = list[socket.socket]()
     try:
-        for family, _, _, _, (address, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        # Where several names are one address it is told several times.
+        for family, _, _, _, (address, *_) in dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)):
             try:
                 each = socket.create_server(
                     (address, port), family=family, backlog=BACKLOG, reuse_port=share_port, dualstack_ipv6=both
