@@ -55,8 +55,9 @@ def system(settings: Settings, notes: Path) -> Iterator[Client]:
             deadline = time.monotonic() + START_SECONDS
             while time.monotonic() < deadline:
                 try:
-                    if client.status().version:
-                        break
+                    # Answers come once the loops are warm, some time after the first version is there.
+                    client.recommend("nobody")
+                    break
                 except RecsysError:
                     pass
                 time.sleep(0.1)
