@@ -35,6 +35,12 @@ PATH = "/recsys.v1.RecommenderService/Recommend"
 START_SECONDS = 120.0
 IN_FLIGHT = 64
 USERS = 500
+# Settings of each way in: who is bounded, as from elsewhere, passes a front.
+WAYS: dict[str, dict[str, object]] = {
+    "native": {"transport": "native"},
+    "fronted": {"transport": "native", "max_connections": 1000},
+    "grpcio": {"transport": "grpcio"},
+}
 
 
 @contextmanager
@@ -132,7 +138,7 @@ def whole(
                 pass
         servers = {}
         for transport, port in zip(transports, free_ports(len(transports)), strict=True):
-            server = part("serve", store.url, port=port, transport=transport, **settings, **secured)
+            server = part("serve", store.url, port=port, **WAYS[transport], **settings, **secured)
             servers[transport] = port, stack.enter_context(server)
         port, _ = next(iter(servers.values()))
         with Client(f"127.0.0.1:{port}", timeout=30.0, tls=TlsOptions(ca) if ca else None) as client:
@@ -161,7 +167,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--deadline", type=float, default=0.1, help="of each call, in seconds")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="multiples of the capacity")
-    parser.add_argument("--transports", nargs="+", default=["native", "grpcio"])
+    parser.add_argument("--transports", nargs="+", default=["native", "fronted", "grpcio"], choices=WAYS)
     parser.add_argument(
         "--items", type=int, default=0, help="made up, instead of the few that a simulated audience has"
     )

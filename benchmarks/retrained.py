@@ -102,6 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a file of feedback")
     parser.add_argument("--events", type=int, help="so much of it; all unless given")
+    parser.add_argument(
+        "--batch", type=int, help="feedback in a batch of the updated one; a trainer takes 256 where it is behind"
+    )
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--patience", type=int, default=2)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -113,7 +116,8 @@ def main() -> None:
     feedback = sum(1 for _ in Stream(file, settings).cases(arguments.events))
     warm_up(settings, choose(settings.device))
     edges = [feedback * n // 10 for n in range(11)]
-    updated, stream = begin(file, settings)
+    batch = arguments.batch or settings.batch_size
+    updated, stream = begin(file, settings.model_copy(update={"batch_size": batch}))
     here, spent, tenths = list(islice(stream, edges[1])), 0.0, list[dict[str, Any]]()
     for edge, end in pairwise(edges[1:]):
         started = time.process_time()
@@ -127,7 +131,8 @@ def main() -> None:
             tenths[-1]["updated"] |= measured(updated, here)
             tenths[-1]["retrained"] |= measured(again, list(islice(following, end - edge)))
         print(json.dumps(tenths[-1]), file=sys.stderr, flush=True)
-    print(json.dumps({"stream": file.layout, "feedback": feedback, "compared": compared(tenths), "tenths": tenths}))
+    found = {"stream": file.layout, "feedback": feedback, "batch": batch}
+    print(json.dumps(found | {"compared": compared(tenths), "tenths": tenths}))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ from recsys.weights import Lineage, WeightStore
 
 # What is said of a server holds on both: the suites of the service run on each.
 TRANSPORTS = ("grpcio", "native")
+# And behind a front, as for whoever is not on this machine.
+WAYS: dict[str, dict[str, Any]] = {
+    "grpcio": {"transport": "grpcio"},
+    "native": {"transport": "native"},
+    "fronted": {"transport": "native", "max_connections": 100},
+}
 ITEMS = tuple(f"item-{number}" for number in range(2000))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,14 @@ def test_image_is_small_and_runs_without_privileges() -> None:
     settings = load(environment={})
     (ports,) = re.findall(r"^EXPOSE (.*)$", text, re.MULTILINE)
     assert ports.split() == [str(p) for p in (settings.port, settings.metrics_port, settings.trainer_metrics_port)]
+
+
+def test_image_holds_the_fast_transport_too() -> None:
+    text = (DEPLOY / "Dockerfile").read_text("utf-8")
+    (command,) = re.findall(r"^RUN (python -c .*?) > requirements.txt", text, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert done.stdout.split("\n")[:-1] == project["dependencies"] + project["optional-dependencies"]["native"]
 
 
 def test_image_copies_what_the_build_context_holds() -> None:

@@ -254,7 +254,6 @@ def test_ports_are_free_ours_or_taken(settings: Settings, examine: Callable[...,
         ({"replay_capacity": 10**7}, "problem", "replay_capacity"),
         ({"classes": '[{"name":"a","positive":true,"history":true,"worth":0}]'}, "warning", "worth nothing"),
         ({"classes": '[{"name":"a","positive":true,"history":false,"worth":1}]'}, "problem", "none enters the history"),
-        ({"transport": "native", "max_connections": 5}, "problem", "native cannot do"),
     ],
 )
 def test_dangerous_settings_are_named(changes: dict[str, Any], level: str, text: str) -> None:

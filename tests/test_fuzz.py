@@ -16,7 +16,7 @@ from calls import SECONDS
 from hypothesis import HealthCheck, given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
-from serving import TRANSPORTS, Running, serve
+from serving import WAYS, Running, serve
 
 from recsys.errors import InputFileError
 from recsys.feedback import Feedback, parse_record
@@ -48,10 +48,10 @@ INPUTS = {
 FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=WAYS)
 def running(embedded_store: EmbeddedStore, request: pytest.FixtureRequest) -> Iterator[Running]:
     given = {"redis_url": embedded_store.url, "port": 0, "metrics_port": 0, "key_prefix": "fuzz"}
-    with serve(load({**given, "transport": request.param}, environment={})) as running:
+    with serve(load({**given, **WAYS[request.param]}, environment={})) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from calls import SECONDS, Request, check_refusal, recommend, recommender
-from serving import TRANSPORTS, Running, serve
+from serving import WAYS, Running, serve
 
 from recsys import Client, errors
 from recsys.batcher import Batcher, Pace, Stretch
@@ -252,10 +252,10 @@ def test_a_pace_follows_what_becomes_slower_and_not_what_is_slow_once() -> None:
 # --- Over a socket
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=WAYS)
 def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
     """Settings for each transport."""
-    return settings.model_copy(update={"transport": request.param})
+    return settings.model_copy(update=WAYS[request.param])
 
 
 @pytest.fixture

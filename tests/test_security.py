@@ -523,7 +523,7 @@ def test_calls_in_flight_on_one_connection_are_bounded(settings: Settings) -> No
 
 
 def test_a_peer_that_pings_all_the_time_is_disconnected(settings: Settings) -> None:
-    with serve(changed(settings, min_ping_seconds=30.0)) as running:
+    with serve(changed(settings, min_ping_seconds=30.0, transport="grpcio")) as running:
         with raw(running) as connection:
             ping = struct.pack(">I", 8)[1:] + b"\x06\x00" + struct.pack(">I", 0) + b"12345678"
             with contextlib.suppress(ConnectionError):
@@ -537,7 +537,7 @@ def test_a_peer_that_pings_all_the_time_is_disconnected(settings: Settings) -> N
 
 def test_connections_are_bounded(settings: Settings) -> None:
     with (
-        serve(changed(settings, max_connections=2)) as running,
+        serve(changed(settings, max_connections=2, transport="grpcio")) as running,
         raw(running) as first,
         raw(running) as second,
     ):

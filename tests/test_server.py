@@ -18,13 +18,13 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from serving import TRANSPORTS, Running, serve
+from serving import WAYS, Running, changed, serve
 
-from recsys.errors import AddressInUse, SettingsError
+from recsys.errors import AddressInUse
 from recsys.server import SERVICES
+from recsys.service import front
 from recsys.service.transport import chosen
 from recsys.settings import Settings, load
-from recsys.store.embedded import EmbeddedStore
 from recsys.v1 import recommender_pb2
 from recsys.v1.recommender_pb2_grpc import RecommenderServiceStub
 
@@ -33,10 +33,10 @@ TLS = {"tls_certificate": "chain.pem", "tls_key": "key.pem"}
 Status = health_pb2.HealthCheckResponse
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=WAYS)
 def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
     """Settings for each transport."""
-    return settings.model_copy(update={"transport": request.param})
+    return settings.model_copy(update=WAYS[request.param])
 
 
 def health(channel: grpc.Channel, service: str = "") -> int:
@@ -176,32 +176,21 @@ def test_a_port_is_not_shared_with_another_server(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("changes", "passed"),
     [
-        ({}, "native"),
-        ({"transport": "grpcio"}, "grpcio"),
-        ({"transport": "native", "host": "0.0.0.0"}, "native"),
-        ({"host": "0.0.0.0"}, "grpcio"),
-        ({"max_connections": 10}, "grpcio"),
-        ({"max_idle_seconds": 60.0}, "grpcio"),
-        ({"min_ping_seconds": 0.0}, "native"),
-        (TLS, "native"),
-        (TLS | {"max_connections": 10, "max_idle_seconds": 60.0, "min_ping_seconds": 60.0}, "native"),
-        (TLS | {"host": "0.0.0.0"}, "native"),
+        ({}, False),
+        ({"host": "localhost", "min_ping_seconds": 0.0}, False),
+        ({"host": "0.0.0.0"}, True),
+        ({"max_connections": 10}, True),
+        ({"max_idle_seconds": 60.0}, True),
+        ({"min_ping_seconds": 10.0}, True),
+        (TLS, True),
     ],
 )
-def test_auto_takes_the_transport_that_can_do_what_is_asked(changes: dict[str, Any], expected: str) -> None:
-    assert chosen(load(changes, environment={})) == expected
-
-
-@pytest.mark.parametrize("name", ["max_connections", "max_idle_seconds", "min_ping_seconds"])
-def test_native_is_refused_where_it_cannot_do_what_is_asked(embedded_store: EmbeddedStore, name: str) -> None:
-    flags = {"redis_url": embedded_store.url, "port": 0, "metrics_port": 0, "transport": "native", name: 30}
-    with (
-        pytest.raises(SettingsError, match=f"transport, {name}: native cannot do what {name} ask"),
-        serve(load(flags, environment={})),
-    ):
-        pass
+def test_who_is_elsewhere_or_bounded_passes_a_front(changes: dict[str, Any], passed: bool) -> None:
+    found = load(changes, environment={})
+    assert front.needed(found) == passed
+    assert (chosen(found), chosen(changed(found, transport="grpcio"))) == ("native", "grpcio")
 
 
 PROGRAM = """

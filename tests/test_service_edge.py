@@ -29,7 +29,7 @@ from calls import (
 )
 from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry
-from serving import ITEMS, TRANSPORTS, PlainFollower, PlainScorer, Running, serve
+from serving import ITEMS, WAYS, PlainFollower, PlainScorer, Running, serve
 
 from recsys import errors, feedback
 from recsys.feedback_log import FeedbackLog
@@ -47,21 +47,21 @@ from recsys.v1.catalog_pb2_grpc import CatalogServiceStub
 from recsys.v1.model_pb2_grpc import ModelServiceStub
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=WAYS)
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def shared_server(embedded_store: EmbeddedStore, transport: str) -> Iterator[Running]:
-    flags = {"redis_url": embedded_store.url, "port": 0, "metrics_port": 0, "transport": transport}
+    flags = {"redis_url": embedded_store.url, "port": 0, "metrics_port": 0, **WAYS[transport]}
     with serve(load(flags, environment={})) as running:
         yield running
 
 
 @pytest.fixture
 def settings(settings: Settings, transport: str) -> Settings:
-    return settings.model_copy(update={"transport": transport})
+    return settings.model_copy(update=WAYS[transport])
 
 
 def until(reached: Callable[[], bool]) -> None:
@@ -326,7 +326,7 @@ def test_without_the_store_recommending_goes_on_and_feedback_is_refused(tmp_path
     lost = EmbeddedStore(tmp_path)
     lost.start()
     try:
-        flags = {"redis_url": lost.url, "port": 0, "metrics_port": 0, "transport": transport}
+        flags = {"redis_url": lost.url, "port": 0, "metrics_port": 0, **WAYS[transport]}
         settings = load(flags, environment={})
         with serve(settings) as running:
             log(running, click("item-0"))

@@ -2,8 +2,8 @@
 
 It hands over many calls at a time and takes their endings from any thread. The thread that scores looks for them
 itself, between two batches: a refusal costs little that way, and an answer goes out from the thread that made it.
-Health, reflection and unknown methods go to a grpcio server behind it, on a Unix socket. It knows no TLS: where that is
-asked for, it listens on a Unix socket itself, behind a TlsFront.
+Health, reflection and unknown methods go to a grpcio server behind it, on a Unix socket. It knows no TLS, and hardly
+bounds what a peer takes: where that is asked for, it listens on a Unix socket itself, behind a Front.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from recsys.batcher import Batcher
 from recsys.errors import RecsysError, SettingsError
 from recsys.service.edge import Call, Edge, Ending, Metadata
 from recsys.service.errors import Refusal
+from recsys.service.front import Front, needed
 from recsys.service.grpcio_transport import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, limits, taken
-from recsys.service.tls_front import TlsFront
 from recsys.settings import Settings, bracketed
 
 # Threads of the transport itself: what they do for a call is little beside an answer.
@@ -52,8 +52,8 @@ _log = logging.getLogger(__name__)
 class NativeTransport:
     """Serve in the thread of the batcher that scores; beside it while a batch takes long.
 
-    Enforces max_metadata_bytes and max_concurrent_streams; max_message_bytes when a message has arrived; and over TLS
-    what TlsFront does.
+    Enforces max_metadata_bytes and max_concurrent_streams; max_message_bytes when a message has arrived; and behind a
+    Front what that does.
     """
 
     def __init__(
@@ -73,20 +73,20 @@ class NativeTransport:
         """
         # Others can enter no folder that is made so, and reach no socket in it.
         self._folder = Path(tempfile.mkdtemp(prefix="recsys-"))
-        self._behind_tls = str(self._folder / "behind-tls")
-        self._tls = None
+        self._behind_front = str(self._folder / "behind-front")
+        self._front: Front | None = None
         address = f"{bracketed(settings.host)}:{settings.port}"
         self._edge, self._receiver = edge, receiver
         self._max_message_bytes = settings.max_message_bytes
         self._paths = list(edge.methods)
         try:
-            if len(os.fsencode(self._behind_tls)) > SOCKET_PATH:
+            if len(os.fsencode(self._behind_front)) > SOCKET_PATH:
                 raise SettingsError(f"TMPDIR: {tempfile.gettempdir()} is too long a path for a socket in it")
-            if settings.tls_certificate:
-                self._tls = TlsFront(settings, share_port=share_port)
-            address = f"unix:{self._behind_tls}" if self._tls else address
+            if needed(settings):
+                self._front = Front(settings, share_port=share_port)
+                address = f"unix:{self._behind_front}"
             others = _threads()
-            self._front = NativeGrpcFront(
+            self._native = NativeGrpcFront(
                 address,
                 [(path, False) for path in self._paths],
                 io_threads=IO_THREADS,
@@ -96,17 +96,17 @@ class NativeTransport:
                 keepalive_permit_without_calls=False,
                 max_concurrent_streams=settings.max_concurrent_streams,
                 max_metadata_size=settings.max_metadata_bytes,
-                reuse_port=share_port and not self._tls,
+                reuse_port=share_port and not self._front,
             )
             self._io_threads = _threads() - others
         except (OSError, RecsysError) as error:
             shutil.rmtree(self._folder, ignore_errors=True)
-            if self._tls:
-                self._tls.refuse()
+            if self._front:
+                self._front.refuse()
             if isinstance(error, OSError):
                 raise taken(address) from error
             raise
-        self.port = self._tls.port if self._tls else self._front.bound_port
+        self.port = self._front.port if self._front else self._native.bound_port
         self._behind = grpc.aio.server(options=limits(settings))
         add_services(self._behind)
         self._calls: dict[int, Call] = {}
@@ -121,18 +121,18 @@ class NativeTransport:
         socket = str(self._folder / "behind")
         self._behind.add_insecure_port(f"unix:{socket}")
         await self._behind.start()
-        self._front.set_fallback(socket)
-        self._front.start()
+        self._native.set_fallback(socket)
+        self._native.start()
         self._receiver.receive_from(self._receive)
         self._thread.start()
-        if self._tls:
-            self._tls.start(self._behind_tls)
+        if self._front:
+            self._front.start(self._behind_front)
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, give those in flight `grace` seconds, and close every connection."""
         until = time.monotonic() + grace
-        if self._tls:
-            self._tls.refuse()
+        if self._front:
+            self._front.refuse()
             await asyncio.sleep(min(grace, LEAVE_SECONDS))
         self._stopping = True
         behind = asyncio.ensure_future(self._behind.stop(grace))
@@ -140,15 +140,15 @@ class NativeTransport:
             await asyncio.to_thread(self._idle.wait, grace)
         await asyncio.sleep(FLUSH_SECONDS)
         await behind
-        if self._tls:
-            await self._tls.close(max(0.0, until - time.monotonic()))
+        if self._front:
+            await self._front.close(max(0.0, until - time.monotonic()))
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
         self._closed.set()
         # Their numbers may soon be those of other threads.
         self._io_threads = set()
-        self._front.close()
+        self._native.close()
         if self._thread.is_alive():
             self._thread.join()
         for call in list(self._calls.values()):
@@ -168,7 +168,7 @@ class NativeTransport:
         """
         with self._receiving:
             self._let_packets_interrupt(True)
-            events = self._front.recv_batch_details(EVENTS_AT_ONCE, round(patience() * 1000))
+            events = self._native.recv_batch_details(EVENTS_AT_ONCE, round(patience() * 1000))
             self._let_packets_interrupt(False)
             started = time.perf_counter()
             while events is not None:
@@ -180,7 +180,7 @@ class NativeTransport:
                         self._begin(call_id, self._paths[method], payload, metadata, remaining)
                 if len(events) < EVENTS_AT_ONCE:
                     return time.perf_counter() - started
-                events = self._front.recv_batch_details(EVENTS_AT_ONCE, 0)
+                events = self._native.recv_batch_details(EVENTS_AT_ONCE, 0)
             return None
 
     def _let_packets_interrupt(self, may: bool) -> None:
@@ -201,11 +201,11 @@ class NativeTransport:
 
     def _begin(self, call_id: int, path: str, payload: bytes, metadata: Metadata, remaining: float | None) -> None:
         if self._stopping:
-            self._front.fail(call_id, code_pb2.UNAVAILABLE, "the server is stopping")
+            self._native.fail(call_id, code_pb2.UNAVAILABLE, "the server is stopping")
             return
         if len(payload) > self._max_message_bytes:
             given = f"received a message of {len(payload)} bytes; at most {self._max_message_bytes} are allowed"
-            self._front.fail(call_id, code_pb2.RESOURCE_EXHAUSTED, given)
+            self._native.fail(call_id, code_pb2.RESOURCE_EXHAUSTED, given)
             return
         call = self._edge.call(path, metadata, remaining, partial(self._end, call_id))
         self._calls[call_id] = call
@@ -219,9 +219,9 @@ class NativeTransport:
     def _end(self, call_id: int, ending: Ending) -> None:
         """Send what a call ends with; called from any thread. A caller that has gone meanwhile gets nothing."""
         if isinstance(ending, bytes):
-            self._front.respond(call_id, ending)
+            self._native.respond(call_id, ending)
         elif ending is not None:
-            self._front.fail(call_id, ending.code, ending.message, ending.trailers)
+            self._native.fail(call_id, ending.code, ending.message, ending.trailers)
         self._calls.pop(call_id, None)
         if self._stopping and not self._calls:
             self._idle.set()

@@ -1,4 +1,4 @@
-"""Transport: what brings calls to the edge. Two of them, alike but for speed and for the limits that each enforces."""
+"""Transport: what brings calls to the edge. Two of them, alike but for speed and for what is said at some limits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from recsys.batcher import Batcher
 from recsys.errors import SettingsError
 from recsys.service.edge import Edge
 from recsys.service.grpcio_transport import GrpcioTransport
-from recsys.settings import Settings, is_loopback
+from recsys.settings import Settings
 
-# What native enforces over TLS alone.
-OVER_TLS = ("max_connections", "max_idle_seconds", "min_ping_seconds")
 # Adds the services that are not ours, health and reflection, to a grpc.aio server.
 AddServices = Callable[[Any], None]
 
@@ -43,7 +41,7 @@ def open_transport(
     `receiver` is the batcher whose thread looks for calls, where the transport lets it.
 
     Raises:
-        SettingsError: when the transport that is asked for cannot do what other settings ask for, or is not installed.
+        SettingsError: when the transport that is asked for is not installed, or cannot use what the settings name.
         AddressInUse: when the port is taken.
     """
     if chosen(settings) == "grpcio":
@@ -55,26 +53,12 @@ def open_transport(
 
 
 def chosen(settings: Settings) -> str:
-    """Return "grpcio" or "native", as the setting says or, for auto, as the others allow.
+    """Return "grpcio" or "native", as the setting says or, for auto, as what is installed allows.
 
     Raises:
         SettingsError: as open_transport does.
     """
-    if settings.transport == "grpcio":
-        return "grpcio"
     installed = find_spec("pygrpc_native") is not None
-    # A default asks for nothing: max_connections and its like have one.
-    missing = () if settings.tls_certificate else OVER_TLS
-    asked = [name for name in missing if name in settings.model_fields_set and getattr(settings, name)]
-    if settings.transport == "native":
-        if not installed:
-            raise SettingsError("transport: native needs the package pygrpc-native: pip install 'recsys[native]'")
-        if asked:
-            raise SettingsError(
-                f"transport, {', '.join(asked)}: native cannot do what {' and '.join(asked)} ask for without TLS; set "
-                "transport = grpcio, or leave them out"
-            )
-        return "native"
-    # Without TLS it reads a message whole before it looks at its size: not for callers from other machines.
-    bounded = is_loopback(settings.host) or settings.tls_certificate
-    return "native" if installed and not asked and bounded else "grpcio"
+    if settings.transport == "native" and not installed:
+        raise SettingsError("transport: native needs the package pygrpc-native: pip install 'recsys[native]'")
+    return "native" if installed and settings.transport != "grpcio" else "grpcio"

@@ -15,6 +15,7 @@ from recsys.condition import duration
 from recsys.errors import SettingsError
 from recsys.server import check_exposure
 from recsys.service.auth import read_tokens
+from recsys.service.front import needed
 from recsys.service.transport import chosen
 from recsys.settings import Settings, is_loopback
 from recsys.tls import CERTIFICATES, Named, expiries
@@ -23,8 +24,8 @@ from recsys.tls import CERTIFICATES, Named, expiries
 RECORD_BYTES = 1400
 # Files that a process has open beside its connections.
 OTHER_FILES = 64
-# Files that a connection of the native transport takes over TLS: its own, and both ends of what it is passed on by.
-FILES_WITH_TLS = 3
+# Files that a connection takes behind a front: its own, and both ends of what it is passed on by.
+FILES_BEHIND_FRONT = 3
 HIGH_LEARNING_RATE = 0.03
 # As the alert has it: time enough to ask somebody for a new one.
 EXPIRING_SECONDS = 14 * 86_400.0
@@ -104,11 +105,11 @@ def _transport(settings: Settings) -> Iterator[Finding]:
         yield Finding("transport", "problem", str(error), "until then `recsys serve` does not start")
         return
     faster = ""
-    if name == "grpcio" and settings.transport == "auto" and is_loopback(settings.host):
+    if name == "grpcio" and settings.transport == "auto":
         faster = "; the extra recsys[native] has one that takes several times as many calls"
     yield Finding("transport", "ok", f"{name} (transport = {settings.transport}){faster}")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    each = FILES_WITH_TLS if settings.tls_certificate and name == "native" else 1
+    each = FILES_BEHIND_FRONT if name == "native" and needed(settings) else 1
     if files != resource.RLIM_INFINITY and files < each * settings.max_connections + OTHER_FILES:
         found = f"max_connections = {settings.max_connections:,}, and a process may open {files:,} files"
         yield Finding("settings", "warning", found, "raise it (ulimit -n), or lower max_connections")

@@ -1,4 +1,4 @@
-"""Over TLS before the transport that knows none: what passes, what does not, and how a connection ends."""
+"""Before the native transport, over TLS and in the clear: what passes, what does not, how a connection ends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from serving import Running, changed, serve, server_tls
 
 from recsys import Client, errors
 from recsys.client import TlsOptions
-from recsys.service import native_transport, passage, tls_front
+from recsys.service import front, native_transport, passage
 from recsys.settings import Settings
 from recsys.v1 import recommender_pb2
 
@@ -41,34 +41,50 @@ PING = frame(6, 0, 0, b"12345678")
 
 
 @pytest.fixture
-def fronted(settings: Settings, pki: Path) -> Settings:
+def encrypted(settings: Settings, pki: Path) -> Settings:
     """Settings for the transport that knows no TLS itself."""
     return changed(settings, **server_tls(pki), transport="native")
 
 
-def _h2_context(pki: Path, *protocols: str) -> ssl.SSLContext:
+@pytest.fixture(params=["over TLS", "in the clear"])
+def fronted(request: pytest.FixtureRequest, settings: Settings, encrypted: Settings) -> Settings:
+    """Settings for the transport that hardly bounds what a peer takes."""
+    return encrypted if request.param == "over TLS" else changed(settings, transport="native", max_connections=100)
+
+
+def client_of(running: Running, pki: Path) -> Client:
+    tls = TlsOptions(str(pki / "ca.pem")) if running.settings.tls_certificate else None
+    return Client(running.target, timeout=SECONDS, tls=tls)
+
+
+def channel_to(running: Running, pki: Path) -> grpc.Channel:
+    if not running.settings.tls_certificate:
+        return grpc.insecure_channel(running.target)
+    return grpc.secure_channel(running.target, grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes()))
+
+
+def secured(running: Running, pki: Path, connection: socket.socket, name: str = "127.0.0.1") -> socket.socket:
+    """Go as far as TLS goes, where there is any."""
+    if not running.settings.tls_certificate:
+        return connection
     context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
-    context.set_alpn_protocols(list(protocols or ("h2",)))
-    return context
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(connection, server_hostname=name)
 
 
 @contextlib.contextmanager
-def tls_connection(running: Running, pki: Path, *protocols: str) -> Iterator[ssl.SSLSocket]:
-    """Connect as far as TLS goes."""
-    context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
-    if protocols:
-        context.set_alpn_protocols(list(protocols))
+def connected(running: Running, pki: Path) -> Iterator[socket.socket]:
     with (
         socket.create_connection(("127.0.0.1", running.server.port), SECONDS) as connection,
-        context.wrap_socket(connection, server_hostname="127.0.0.1") as secure,
+        secured(running, pki, connection) as found,
     ):
-        yield secure
+        yield found
 
 
-def test_calls_beside_each_other_and_large_ones_pass_over_tls(fronted: Settings, pki: Path) -> None:
+def test_calls_beside_each_other_and_large_ones_pass(fronted: Settings, pki: Path) -> None:
     with (
         serve(fronted) as running,
-        Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client,
+        client_of(running, pki) as client,
     ):
         with ThreadPoolExecutor(16) as pool:
             found = pool.map(lambda number: client.recommend(f"u{number}", count=100), range(200))
@@ -79,41 +95,47 @@ def test_calls_beside_each_other_and_large_ones_pass_over_tls(fronted: Settings,
         assert client.status().version == 1
 
 
-def test_over_tls_health_and_reflection_are_served_too(fronted: Settings, pki: Path) -> None:
-    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
-    with serve(fronted) as running, grpc.secure_channel(running.target, credentials) as channel:
+def test_health_and_reflection_are_served_too(fronted: Settings, pki: Path) -> None:
+    with serve(fronted) as running, channel_to(running, pki) as channel:
         assert HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS).status
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         assert next(iter(ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=SECONDS)))
 
 
-def test_who_speaks_no_tls_or_no_http2_is_left_alone_and_troubles_nobody(fronted: Settings, pki: Path) -> None:
-    with serve(fronted) as running:
+def test_who_speaks_no_tls_or_no_http2_is_left_alone_and_troubles_nobody(encrypted: Settings, pki: Path) -> None:
+    with serve(encrypted) as running:
         with raw(running) as clear, contextlib.suppress(ConnectionError):
             # An alert of TLS at most; no frames.
             assert not clear.makefile("rb").read().startswith(b"\x00\x00")
-        for protocols in ((), ("http/1.1",)):
-            with contextlib.suppress(ConnectionError, ssl.SSLError), tls_connection(running, pki, *protocols) as other:
+        for protocols in ([], ["http/1.1"]):
+            context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
+            if protocols:
+                context.set_alpn_protocols(protocols)
+            with (
+                contextlib.suppress(ConnectionError, ssl.SSLError),
+                socket.create_connection(("127.0.0.1", running.server.port), SECONDS) as connection,
+                context.wrap_socket(connection, server_hostname="127.0.0.1") as other,
+            ):
                 assert other.recv(1) == b""
-        with tls_connection(running, pki, "h2") as connection:
+        with connected(running, pki) as connection:
             connection.sendall(PREFACE)
             assert connection.recv(1)
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+        with client_of(running, pki) as client:
             assert client.recommend("u").version == 1
 
 
-def test_over_tls_connections_are_bounded_from_their_first_packet_on(fronted: Settings, pki: Path) -> None:
+def test_connections_are_bounded_from_their_first_packet_on(fronted: Settings, pki: Path) -> None:
     with serve(changed(fronted, max_connections=2)) as running:
         address = ("127.0.0.1", running.server.port)
         with (
             socket.create_connection(address, SECONDS),
-            tls_connection(running, pki, "h2"),
+            connected(running, pki),
             socket.create_connection(address, SECONDS) as third,
             contextlib.suppress(ConnectionError),
         ):
             assert third.recv(1) == b""
         # Those that have gone are none any more.
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+        with client_of(running, pki) as client:
             assert client.recommend("u").version == 1
 
 
@@ -125,7 +147,7 @@ def call_to(path: str) -> bytes:
     )
 
 
-def sent_until_disconnected(connection: ssl.SSLSocket, pieces: Iterable[bytes]) -> int:
+def sent_until_disconnected(connection: socket.socket, pieces: Iterable[bytes]) -> int:
     """Send piece after piece; count those that went before the peer hung up, and all where it does not."""
     connection.settimeout(SECONDS)
     for number, piece in enumerate(pieces):
@@ -142,26 +164,26 @@ def sent_until_disconnected(connection: ssl.SSLSocket, pieces: Iterable[bytes]) 
     return number + 1
 
 
-def test_over_tls_a_peer_that_pings_all_the_time_is_disconnected(fronted: Settings, pki: Path) -> None:
+def test_a_peer_that_pings_all_the_time_is_disconnected(fronted: Settings, pki: Path) -> None:
     with serve(changed(fronted, min_ping_seconds=30.0)) as running:
-        with tls_connection(running, pki, "h2") as connection:
+        with connected(running, pki) as connection:
             connection.sendall(PREFACE)
             assert sent_until_disconnected(connection, [PING] * 100) < 100
         # In pieces that end anywhere.
-        with tls_connection(running, pki, "h2") as connection:
+        with connected(running, pki) as connection:
             everything = PREFACE + PING * 100
             pieces = [everything[first : first + 7] for first in range(0, len(everything), 7)]
             assert sent_until_disconnected(connection, pieces) < len(pieces)
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+        with client_of(running, pki) as client:
             assert client.recommend("u").version == 1
-    with serve(changed(fronted, min_ping_seconds=0.0)) as running, tls_connection(running, pki, "h2") as connection:
+    with serve(changed(fronted, min_ping_seconds=0.0)) as running, connected(running, pki) as connection:
         connection.sendall(PREFACE)
         assert sent_until_disconnected(connection, [PING] * 100) == 100
 
 
-def test_over_tls_calls_between_pings_are_no_strikes(fronted: Settings, pki: Path) -> None:
+def test_calls_between_pings_are_no_strikes(fronted: Settings, pki: Path) -> None:
     calls = [frame(1, 5, 1 + 2 * number, call_to("/none")) + PING for number in range(20)]
-    with serve(changed(fronted, min_ping_seconds=30.0)) as running, tls_connection(running, pki, "h2") as connection:
+    with serve(changed(fronted, min_ping_seconds=30.0)) as running, connected(running, pki) as connection:
         connection.sendall(PREFACE)
         with contextlib.closing(frames(connection)) as told:
             for call in calls:
@@ -172,25 +194,24 @@ def test_over_tls_calls_between_pings_are_no_strikes(fronted: Settings, pki: Pat
                     left.discard(next(told)[0])
 
 
-def test_over_tls_a_message_that_is_far_too_large_is_not_received(fronted: Settings, pki: Path) -> None:
+def test_a_message_that_is_far_too_large_is_not_received(fronted: Settings, pki: Path) -> None:
     limit = 1 << 20
     with serve(changed(fronted, max_message_bytes=limit)) as running:
-        credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
-        with grpc.secure_channel(running.target, credentials) as channel:
+        with channel_to(running, pki) as channel:
             for size, codes in ((limit + 1, {CODE.RESOURCE_EXHAUSTED}), (20 * limit, {CODE.UNAVAILABLE})):
                 with pytest.raises(grpc.RpcError) as caught:
                     channel.unary_unary(RECOMMEND)(bytes(size), timeout=SECONDS)
                 assert caught.value.code() in codes
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+        with client_of(running, pki) as client:
             assert client.recommend("u").version == 1
 
 
-def test_over_tls_a_connection_without_calls_is_asked_to_go_and_closed(
+def test_a_connection_without_calls_is_asked_to_go_and_closed(
     fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passage, "GOODBYE_SECONDS", 0.5)
     with serve(changed(fronted, max_idle_seconds=1.0, min_ping_seconds=0.0)) as running:
-        with tls_connection(running, pki, "h2") as connection:
+        with connected(running, pki) as connection:
             connection.sendall(PREFACE + frame(1, 5, 1, call_to("/none")))
             # Pings are no calls.
             with contextlib.suppress(ConnectionError, ssl.SSLError):
@@ -203,17 +224,16 @@ def test_over_tls_a_connection_without_calls_is_asked_to_go_and_closed(
             last, reason = next(struct.unpack(">II", payload[:8]) for kind, payload in told if kind == 7)
             assert (last, reason) == (2**31 - 1, 0)
         # A client of gRPC goes on with another connection, and does not notice.
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+        with client_of(running, pki) as client:
             for _ in range(2):
                 assert client.recommend("u").version == 1
                 time.sleep(1.2)
 
 
-def test_over_tls_a_connection_with_a_call_is_not_idle(fronted: Settings, pki: Path) -> None:
-    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
+def test_a_connection_with_a_call_is_not_idle(fronted: Settings, pki: Path) -> None:
     with (
         serve(changed(fronted, max_idle_seconds=1.0)) as running,
-        grpc.secure_channel(running.target, credentials) as channel,
+        channel_to(running, pki) as channel,
     ):
         watch = HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -222,17 +242,15 @@ def test_over_tls_a_connection_with_a_call_is_not_idle(fronted: Settings, pki: P
         watch.cancel()
 
 
-def test_over_tls_who_shows_nothing_is_disconnected(
-    fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_shows_nothing_is_disconnected(fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passage, "HANDSHAKE_SECONDS", 0.5)
     with serve(fronted) as running:
         for said in (b"", PREFACE[:24], PREFACE[:30]):
-            with tls_connection(running, pki, "h2") as connection:
+            with connected(running, pki) as connection:
                 connection.sendall(said)
                 while connection.recv(1 << 16):
                     pass
-        with tls_connection(running, pki, "h2") as connection:
+        with connected(running, pki) as connection:
             connection.sendall(PREFACE)
             time.sleep(1.0)
             connection.sendall(frame(1, 5, 1, call_to("/none")))
@@ -243,18 +261,20 @@ def stuck(running: Running) -> bool:
     """Tell whether there is anything to be sent that a client does not take."""
     transport = running.server._transport
     assert isinstance(transport, native_transport.NativeTransport)
-    assert transport._tls is not None
-    ends: list[Any] = [passing.outer for passing in transport._tls._serving.values()]
+    assert transport._front is not None
+    ends: list[Any] = [passing.outer for passing in transport._front._serving.values()]
     # What is encrypted and lies before the socket; asyncio does not tell of it otherwise.
     below = [end.transport._ssl_protocol._transport for end in ends if hasattr(end, "transport")]
     return any(each is not None and each.get_write_buffer_size() for each in below)
 
 
 @pytest.mark.parametrize("way", ["closed", "half closed", "said goodbye"])
-def test_over_tls_who_reads_nothing_and_hangs_up_holds_no_place(
+def test_who_reads_nothing_and_hangs_up_holds_no_place(
     fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    for module in (passage, tls_front):
+    if way == "said goodbye" and not fronted.tls_certificate:
+        pytest.skip("in the clear nobody says goodbye")
+    for module in (passage, front):
         monkeypatch.setattr(module, "GOODBYE_SECONDS", 0.5)
     # One that is half closed is as idle as one that is not: nobody hears it hang up.
     idle = {"closed": 60.0, "half closed": 1.0, "said goodbye": 4.0}[way]
@@ -264,7 +284,7 @@ def test_over_tls_who_reads_nothing_and_hangs_up_holds_no_place(
     ):
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         small.connect(("127.0.0.1", running.server.port))
-        with _h2_context(pki).wrap_socket(small, server_hostname="127.0.0.1") as connection:
+        with secured(running, pki, small) as connection:
             connection.sendall(PREFACE)
             connection.settimeout(0.5)
             with contextlib.suppress(OSError):
@@ -273,7 +293,7 @@ def test_over_tls_who_reads_nothing_and_hangs_up_holds_no_place(
                     connection.sendall(PING * 4000)
                     time.sleep(0.05 if way == "said goodbye" else 0)
             with contextlib.suppress(OSError):
-                if way == "said goodbye":
+                if isinstance(connection, ssl.SSLSocket) and way == "said goodbye":
                     connection.settimeout(0.0)
                     connection.unwrap()
                 elif way == "half closed":
@@ -282,24 +302,20 @@ def test_over_tls_who_reads_nothing_and_hangs_up_holds_no_place(
                     connection.close()
             until = time.monotonic() + SECONDS
             while True:
-                try:
-                    with tls_connection(running, pki, "h2") as next_one:
-                        next_one.sendall(PREFACE)
-                        assert next_one.recv(1)
+                with contextlib.suppress(OSError), connected(running, pki) as next_one:
+                    next_one.sendall(PREFACE)
+                    if next_one.recv(1):
                         break
-                except OSError:
-                    assert time.monotonic() < until
-                    time.sleep(0.1)
+                assert time.monotonic() < until
+                time.sleep(0.1)
             running.stop()
 
 
-def test_over_tls_what_follows_an_answer_opens_no_call(
-    fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_follows_an_answer_opens_no_call(fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passage, "GOODBYE_SECONDS", 0.5)
     with (
         serve(changed(fronted, max_idle_seconds=1.0)) as running,
-        tls_connection(running, pki, "h2") as connection,
+        connected(running, pki) as connection,
     ):
         connection.sendall(PREFACE + frame(1, 4, 1, call_to("/none")))
         told = frames(connection)
@@ -336,26 +352,24 @@ def test_nothing_comes_between_the_parts_of_a_block_of_headers(settings: Setting
     assert asyncio.run(told()) == [4, 1, 9, 9, 7]
 
 
-def test_over_tls_peers_that_vanish_are_no_errors(
-    fronted: Settings, pki: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_peers_that_vanish_are_no_errors(fronted: Settings, pki: Path, caplog: pytest.LogCaptureFixture) -> None:
     with serve(fronted) as running:
         for number in range(40):
-            with tls_connection(running, pki, "h2") as connection:
+            with connected(running, pki) as connection:
                 connection.sendall(PREFACE + b"".join(frame(1, 5, 2 * n + 1, call_to("/none")) for n in range(100)))
                 if number % 2:
                     connection.recv(1)
                 # A reset, with all that is on its way.
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        with Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client:
+        with client_of(running, pki) as client:
             assert client.recommend("u").version == 1
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_over_tls_a_stopping_server_finishes_what_is_in_flight(fronted: Settings, pki: Path) -> None:
+def test_a_stopping_server_finishes_what_is_in_flight(fronted: Settings, pki: Path) -> None:
     with (
         serve(fronted) as running,
-        Client(running.target, timeout=SECONDS, tls=TlsOptions(str(pki / "ca.pem"))) as client,
+        client_of(running, pki) as client,
     ):
         assert client.recommend("u").version == 1
         assert running.scorer.entered.acquire(timeout=SECONDS)
@@ -376,7 +390,7 @@ def test_over_tls_a_stopping_server_finishes_what_is_in_flight(fronted: Settings
             stopping.result(SECONDS)
 
 
-def test_over_tls_a_taken_port_is_an_error(fronted: Settings) -> None:
+def test_a_taken_port_is_an_error(fronted: Settings) -> None:
     with (
         serve(fronted) as running,
         pytest.raises(errors.AddressInUse, match="the port is taken"),
@@ -385,13 +399,12 @@ def test_over_tls_a_taken_port_is_an_error(fronted: Settings) -> None:
         pass
 
 
-def test_over_tls_a_stopping_server_sends_clients_elsewhere(fronted: Settings, pki: Path) -> None:
+def test_a_stopping_server_sends_clients_elsewhere(fronted: Settings, pki: Path) -> None:
     """Of calls that follow one another none meets the server as it stops: the next finds nobody who listens."""
-    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
     ended: list[grpc.RpcError] = []
 
     def call(begun: threading.Event) -> None:
-        with grpc.secure_channel(running.target, credentials) as channel:
+        with channel_to(running, pki) as channel:
             method = channel.unary_unary(RECOMMEND)
             while True:
                 try:
@@ -411,7 +424,7 @@ def test_over_tls_a_stopping_server_sends_clients_elsewhere(fronted: Settings, p
     assert all(error.code() == CODE.UNAVAILABLE and "refused" in error.details() for error in ended), ended
 
 
-def test_over_tls_a_stopping_server_waits_until_answers_are_taken(fronted: Settings, pki: Path) -> None:
+def test_a_stopping_server_waits_until_answers_are_taken(fronted: Settings, pki: Path) -> None:
     calls = 60
     with (
         serve(changed(fronted, drain_seconds=SECONDS)) as running,
@@ -420,7 +433,7 @@ def test_over_tls_a_stopping_server_waits_until_answers_are_taken(fronted: Setti
     ):
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         small.connect(("127.0.0.1", running.server.port))
-        with _h2_context(pki).wrap_socket(small, server_hostname="127.0.0.1") as connection:
+        with secured(running, pki, small) as connection:
             message = recommender_pb2.RecommendRequest(user_id="u", count=100).SerializeToString()
             data = b"\0" + len(message).to_bytes(4) + message
             # Nothing of what the server may send keeps it waiting but the client itself.
@@ -447,21 +460,19 @@ def test_over_tls_a_stopping_server_waits_until_answers_are_taken(fronted: Setti
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost"])
-def test_over_tls_every_address_of_the_host_is_listened_on(fronted: Settings, pki: Path, host: str) -> None:
+def test_every_address_of_the_host_is_listened_on(fronted: Settings, pki: Path, host: str) -> None:
     addresses = {found[4][0] for found in socket.getaddrinfo("localhost", None)} | {"127.0.0.1"}
     with serve(changed(fronted, host=host, insecure=True)) as running:
-        context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
-        context.set_alpn_protocols(["h2"])
         for address in addresses if host == "localhost" else addresses | {"::1"} if socket.has_ipv6 else addresses:
             with (
                 socket.create_connection((address, running.server.port), SECONDS) as connection,
-                context.wrap_socket(connection, server_hostname="localhost") as secure,
+                secured(running, pki, connection, "localhost") as secure,
             ):
                 secure.sendall(PREFACE)
                 assert secure.recv(1)
 
 
-def test_an_authority_between_root_and_client_is_enough(fronted: Settings, pki: Path, tmp_path: Path) -> None:
+def test_an_authority_between_root_and_client_is_enough(encrypted: Settings, pki: Path, tmp_path: Path) -> None:
     for name in ("ca.pem", "ca.key"):
         shutil.copy(pki / name, tmp_path / name)
 
@@ -474,18 +485,18 @@ def test_an_authority_between_root_and_client_is_enough(fronted: Settings, pki: 
         openssl("req", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
         signed = ("-CA", f"{signer}.pem", "-CAkey", f"{signer}.key", "-CAcreateserial", "-days", "1", "-extfile", "ext")
         openssl("x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.pem")
-    with serve(changed(fronted, tls_client_ca=str(tmp_path / "middle.pem"))) as running:
+    with serve(changed(encrypted, tls_client_ca=str(tmp_path / "middle.pem"))) as running:
         own = TlsOptions(str(pki / "ca.pem"), str(tmp_path / "of-it.pem"), str(tmp_path / "of-it.key"))
         with Client(running.target, timeout=SECONDS, tls=own) as client:
             assert client.recommend("u").version == 1
 
 
-def test_over_tls_an_address_with_several_names_is_one(fronted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_with_several_names_is_one(fronted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: [*found, *found])
-    front = tls_front.TlsFront(fronted)
-    front.refuse()
-    assert front.port
+    made = front.Front(fronted)
+    made.refuse()
+    assert made.port
 
 
 def test_what_does_not_start_leaves_nothing_behind(fronted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,10 +518,9 @@ def test_what_does_not_start_leaves_nothing_behind(fronted: Settings, monkeypatc
 
 
 def test_metadata_over_the_limit_is_refused_before_the_call_is(fronted: Settings, pki: Path) -> None:
-    credentials = grpc.ssl_channel_credentials((pki / "ca.pem").read_bytes())
     with (
         serve(changed(fronted, max_metadata_bytes=1024)) as running,
-        grpc.secure_channel(running.target, credentials) as channel,
+        channel_to(running, pki) as channel,
         pytest.raises(grpc.RpcError) as caught,
     ):
         channel.unary_unary(RECOMMEND)(b"", timeout=SECONDS, metadata=[("x", "x" * 2048)])

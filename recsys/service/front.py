@@ -1,7 +1,7 @@
-"""TlsFront: connections over TLS, passed on in the clear to a Unix socket that nobody else can reach.
+"""Front: connections, over TLS or not, passed on in the clear to a Unix socket that nobody else can reach.
 
-For a transport that knows no TLS, and not what one peer may take of it. The TLS is asyncio's, OpenSSL that is; clients
-must agree to speak HTTP/2.
+For a transport that knows no TLS, and not what one peer may take of it. The TLS is asyncio's, OpenSSL that is; there
+clients must agree to speak HTTP/2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ssl
 
 from recsys.service.grpcio_transport import HANDSHAKE_SECONDS, taken
 from recsys.service.passage import GOODBYE_SECONDS, Passage
-from recsys.settings import Settings, bracketed
+from recsys.settings import Settings, bracketed, is_loopback
 from recsys.tls import Named, read_pem
 
 # How long nobody is let in when the system has no descriptors left, and how often that is said.
@@ -28,10 +28,19 @@ WILD = ("0.0.0.0", "::")
 # Addresses of an interface that is not there: what else a name stands for will do.
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
+# Limits that such a transport does not have. By default they bound those who call from elsewhere.
+LIMITS = ("max_connections", "max_idle_seconds", "min_ping_seconds")
+
 _log = logging.getLogger(__name__)
 
 
-class TlsFront:
+def needed(settings: Settings) -> bool:
+    """Return whether callers pass a Front: who is on this machine does so where TLS or a limit is asked for alone."""
+    asked = any(name in settings.model_fields_set and getattr(settings, name) for name in LIMITS)
+    return asked or bool(settings.tls_certificate) or not is_loopback(settings.host)
+
+
+class Front:
     """Listen from the moment it is made, on `port`.
 
     Enforces max_connections, from a connection's first packet on, and what Passage does.
@@ -44,7 +53,7 @@ class TlsFront:
             SettingsError: when the settings name TLS files that cannot be used.
             AddressInUse: when the port is taken.
         """
-        self._context = _context(settings)
+        self._context = _context(settings) if settings.tls_certificate else None
         self._settings = settings
         self._sockets = _listen(settings, share_port)
         self.port = int(self._sockets[0].getsockname()[1])
@@ -128,19 +137,16 @@ class TlsFront:
     async def _open(self, connection: socket.socket, passage: Passage) -> bool:
         """Connect both ends."""
         assert self._loop is not None
+        timeouts = {"ssl_handshake_timeout": HANDSHAKE_SECONDS, "ssl_shutdown_timeout": GOODBYE_SECONDS}
         try:
             transport, _ = await self._loop.connect_accepted_socket(
-                lambda: passage.outer,
-                connection,
-                ssl=self._context,
-                ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                ssl_shutdown_timeout=GOODBYE_SECONDS,
+                lambda: passage.outer, connection, ssl=self._context, **(timeouts if self._context else {})
             )
         except OSError as error:
             # Strangers that speak no TLS, or show no certificate, are nothing to trouble anybody with.
             _log.debug("a connection came to nothing: %s", error)
             return False
-        if transport.get_extra_info("ssl_object").selected_alpn_protocol() != PROTOCOL:
+        if self._context and transport.get_extra_info("ssl_object").selected_alpn_protocol() != PROTOCOL:
             return False
         try:
             await self._loop.create_unix_connection(lambda: passage.inner, self._path)
