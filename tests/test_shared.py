@@ -29,6 +29,8 @@ from recsys.weights.shared import SharedWeights, create
 CPU = torch.device("cpu")
 # Processes killed, versions that they may put in place in all, and how long after its first one a process lives.
 KILLS, VERSIONS, LONGEST_MS = 30, 150, 4
+# How long a change is waited for at most, where a process is to be killed in one.
+MIDDLE_SECONDS = 1.0
 SMALL = {"dimension": 8, "history_length": 4, "successors": 3, "context_buckets": 16}
 
 
@@ -193,7 +195,7 @@ def _kill_again_and_again() -> None:
     shared.take(record(1), spare, 0)
     changes = [whole(settings, each) if each % 10 == 9 else change(settings, each) for each in range(VERSIONS)]
     draw, last, finished, forwards = random.Random(1), 1, 0, True
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         reads, writes = os.pipe()
         child = os.fork()
         if not child:
@@ -209,7 +211,9 @@ def _kill_again_and_again() -> None:
         while shared.number() == before and time.monotonic() < deadline:
             pass
         until = time.monotonic() + draw.uniform(0, LONGEST_MS) / 1000
-        while time.monotonic() < until:
+        # Every other one is killed as soon as a change is seen: few of these end before the signal is there.
+        middle, deadline = kill % 2 == 0, time.monotonic() + MIDDLE_SECONDS
+        while time.monotonic() < (deadline if middle else until) and not (middle and shared.changing()):
             pass
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -123,7 +123,7 @@ class SharedWeights:
         `replica`, `record` and `applied_ms` are those of that version within.
         """
         with self._reading.shared():
-            if self._numbers[_BEGUN] <= self._numbers[_CURRENT]:
+            if not self.changing():
                 # Whoever answers may do so in inference mode; what is made here is written to outside of it.
                 with torch.inference_mode(mode=False):
                     self._refresh()
@@ -136,6 +136,10 @@ class SharedWeights:
     def number(self) -> int:
         """Return the number of the state in force, without waiting."""
         return self._numbers[_CURRENT]
+
+    def changing(self) -> bool:
+        """Tell, without waiting, whether a change was begun that is not in force: it goes on, or who made it died."""
+        return self._numbers[_BEGUN] > self._numbers[_CURRENT]
 
     def point(self) -> Point:
         """Return where the version in force stands; while `reading`."""
@@ -210,7 +214,7 @@ class SharedWeights:
     def _finish(self) -> None:
         """Finish what a process that died had begun."""
         with self._writing.exclusive(), torch.inference_mode(mode=False):
-            if self._numbers[_BEGUN] > self.number():
+            if self.changing():
                 applied_ms, *sizes = _JOURNAL_START.unpack(self._map(_JOURNAL, _JOURNAL_START.size)[:])
                 journal = self._map(_JOURNAL, _JOURNAL_START.size + sum(sizes))
                 start = _JOURNAL_START.size + sizes[0]
