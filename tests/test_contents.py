@@ -262,6 +262,25 @@ def test_a_change_of_the_catalogue_alone_makes_a_version(settings: Settings) -> 
     assert replica(base).table.row("fresh") > 0
 
 
+def test_more_items_are_catalogued_at_once_than_there_is_room_for(settings: Settings) -> None:
+    """As by an import: the gate's copy of the version served has no rows for them yet."""
+    base = small(settings)
+    append(base, make_feedback(8))
+    with trainer(base) as daemon:
+        daemon.start()
+        while daemon.step():
+            pass
+        daemon.finish()
+        before, version = daemon.learner.table.columns["vector"].shape[0], daemon.version
+        told(base, **{f"fresh-{n}": ["x"] for n in range(before)})
+        while daemon.step():
+            pass
+        daemon.finish()
+        assert daemon.version == version + 1
+        assert daemon.learner.table.columns["vector"].shape[0] > before
+    assert replica(base).table.row(f"fresh-{before - 1}") > 0
+
+
 def test_a_rollback_takes_back_nothing_of_the_catalogue(settings: Settings) -> None:
     base = small(settings)
     append(base, make_feedback(8))

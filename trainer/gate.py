@@ -163,8 +163,8 @@ class Gate:
 
         Mean cosine distance of the vectors of `rows`; norm of the change of the network, as a share of its norm.
         """
-        # A row that an item has left has no direction.
-        rows = rows[self._learner.table.columns["vector"][rows].any(1)]
+        # Rows that came with this version: the copy served may have no room for them yet.
+        rows = rows[rows < self._served.table.rows]
         own, served = (replica.table.columns["vector"][rows] for replica in (self._learner.replica, self._served))
         # An item that came or went has no vector to have moved from or to.
         both = own.any(1) & served.any(1)
