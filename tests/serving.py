@@ -27,9 +27,8 @@ from recsys.store.v1.log_pb2 import History
 from recsys.v1 import recommender_pb2
 from recsys.weights import Lineage, WeightStore
 
-# What is said of a server holds on both: the suites of the service run on each.
-TRANSPORTS = ("grpcio", "native")
-# And behind a front, as for whoever is not on this machine.
+# What is said of a server holds on each: the suites of the service run on all. The third is for whoever is not on this
+# machine.
 WAYS: dict[str, dict[str, Any]] = {
     "grpcio": {"transport": "grpcio"},
     "native": {"transport": "native"},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from promql import DASHBOARDS, DEPLOY, ROOT, read
 
+from recsys.cli.doctor.chosen import FILES_BEHIND_FRONT, OTHER_FILES
 from recsys.settings import load
 
 
@@ -40,6 +41,12 @@ def test_compose_sets_settings_that_exist(services: dict[str, dict[str, Any]]) -
         assert settings.redis_url == "redis://redis:6379/0"
         assert settings.host == "0.0.0.0"
     assert services["server"]["ports"] == [f"127.0.0.1:{load(environment={}).port}:{load(environment={}).port}"]
+
+
+def test_a_server_may_open_the_files_that_its_connections_take(services: dict[str, dict[str, Any]]) -> None:
+    server = services["server"]
+    needed = FILES_BEHIND_FRONT * load(environment=server["environment"]).max_connections + OTHER_FILES
+    assert server["ulimits"]["nofile"] >= needed
 
 
 def test_compose_exposes_nothing_and_waits_for_what_is_healthy(services: dict[str, dict[str, Any]]) -> None:

@@ -268,8 +268,8 @@ def stuck(running: Running) -> bool:
     return any(each is not None and each.get_write_buffer_size() for each in below)
 
 
-@pytest.mark.parametrize("way", ["closed", "half closed", "said goodbye"])
-def test_who_reads_nothing_and_hangs_up_holds_no_place(
+@pytest.mark.parametrize("way", ["closed", "half closed", "said goodbye", "stays"])
+def test_who_reads_nothing_holds_no_place(
     fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     if way == "said goodbye" and not fronted.tls_certificate:
@@ -277,7 +277,9 @@ def test_who_reads_nothing_and_hangs_up_holds_no_place(
     for module in (passage, front):
         monkeypatch.setattr(module, "GOODBYE_SECONDS", 0.5)
     # One that is half closed is as idle as one that is not: nobody hears it hang up.
-    idle = {"closed": 60.0, "half closed": 1.0, "said goodbye": 4.0}[way]
+    idle = {"closed": 60.0, "half closed": 1.0, "said goodbye": 4.0, "stays": 60.0}[way]
+    if way == "stays":
+        monkeypatch.setitem(front.OPTIONS, socket.TCP_USER_TIMEOUT, 1000)
     with (
         serve(changed(fronted, max_connections=1, min_ping_seconds=0.0, max_idle_seconds=idle)) as running,
         socket.socket() as small,
@@ -285,7 +287,8 @@ def test_who_reads_nothing_and_hangs_up_holds_no_place(
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         small.connect(("127.0.0.1", running.server.port))
         with secured(running, pki, small) as connection:
-            connection.sendall(PREFACE)
+            # With a call open it is never idle.
+            connection.sendall(PREFACE + (frame(1, 4, 1, call_to(RECOMMEND)) if way == "stays" else b""))
             connection.settimeout(0.5)
             with contextlib.suppress(OSError):
                 # Goodbye is only heard as long as it is read at all: not when too much is stuck.
@@ -298,7 +301,7 @@ def test_who_reads_nothing_and_hangs_up_holds_no_place(
                     connection.unwrap()
                 elif way == "half closed":
                     connection.shutdown(socket.SHUT_WR)
-                else:
+                elif way == "closed":
                     connection.close()
             until = time.monotonic() + SECONDS
             while True:
@@ -309,6 +312,15 @@ def test_who_reads_nothing_and_hangs_up_holds_no_place(
                 assert time.monotonic() < until
                 time.sleep(0.1)
             running.stop()
+
+
+def test_answers_wait_for_no_acknowledgement_and_that_not_for_ever(settings: Settings) -> None:
+    (listening,) = front._listen(changed(settings, host="127.0.0.1", port=0), share_port=False)
+    with listening, socket.create_connection(listening.getsockname(), SECONDS):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == front.UNREAD_MS
 
 
 def test_what_follows_an_answer_opens_no_call(fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,6 +520,10 @@ def test_what_does_not_start_leaves_nothing_behind(fronted: Settings, monkeypatc
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
         with pytest.raises(errors.SettingsError, match=r"TMPDIR: .* too long"), serve(changed(fronted, port=port)):
             pass
+        monkeypatch.setattr(tempfile, "tempdir", "/proc")
+        with pytest.raises(errors.SettingsError, match="TMPDIR: no folder"), serve(changed(fronted, port=port)):
+            pass
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
         # Found out by the one behind, when the port is open already.
         monkeypatch.setattr(native_transport, "SOCKET_PATH", 1000)
         with pytest.raises(errors.AddressInUse) as caught, serve(changed(fronted, port=port)):

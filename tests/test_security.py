@@ -25,7 +25,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from http2 import frames, raw
-from serving import TRANSPORTS, Running, changed, serve, server_tls
+from serving import Running, changed, serve, server_tls
 
 import recsys
 from recsys import AsyncClient, Client, errors
@@ -77,7 +77,7 @@ def send(running: Running, method: str, data: bytes = b"", authorization: str | 
 # --- TLS
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=["grpcio", "native"])
 def over_tls(settings: Settings, pki: Path, request: pytest.FixtureRequest) -> Settings:
     """Settings with TLS for each transport."""
     return changed(settings, **server_tls(pki), transport=request.param)

@@ -11,7 +11,7 @@ from calls import (
     log,
     violations,
 )
-from serving import ITEMS, TRANSPORTS, Running, commit_versions, serve
+from serving import ITEMS, WAYS, Running, commit_versions, serve
 
 from recsys.settings import load
 from recsys.store.embedded import EmbeddedStore
@@ -20,14 +20,14 @@ from recsys.v1.catalog_pb2_grpc import CatalogServiceStub
 from recsys.v1.model_pb2_grpc import ModelServiceStub
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=WAYS)
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def shared_server(embedded_store: EmbeddedStore, transport: str) -> Iterator[Running]:
-    flags = {"redis_url": embedded_store.url, "port": 0, "metrics_port": 0, "transport": transport}
+    flags = {"redis_url": embedded_store.url, "port": 0, "metrics_port": 0, **WAYS[transport]}
     with serve(load(flags, environment={})) as running:
         yield running
 

@@ -20,7 +20,7 @@ from calls import SECONDS, click, log, recommender
 from google.protobuf.timestamp_pb2 import Timestamp
 from learning import CPU, learn_all, make_feedback, small, tick, trainer, versions
 from prometheus_client import CollectorRegistry
-from serving import TRANSPORTS, Running, serve
+from serving import WAYS, Running, serve
 
 from recsys import traces
 from recsys.catalog import Catalog, CatalogMirror
@@ -83,9 +83,9 @@ def traced(settings: Settings) -> Iterator[Traced]:
         yield found
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=WAYS)
 def running(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Running]:
-    with serve(small(settings, transport=request.param)) as found:
+    with serve(small(settings, **WAYS[request.param])) as found:
         yield found
 
 

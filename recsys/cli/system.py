@@ -192,7 +192,7 @@ class System:
 def environment_of(settings: Settings) -> dict[str, str]:
     """Make a part's environment: ours, and the settings that were given, so that no part sees others than we do.
 
-    Defaults stay unsaid: what is said is asked for, and of some settings only grpcio can do what is asked.
+    Defaults stay unsaid: a limit that is said is asked for, of callers on this machine too.
     """
     values: dict[str, Any] = settings.model_dump(mode="json", exclude_unset=True)
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}

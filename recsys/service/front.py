@@ -11,8 +11,9 @@ import errno
 import logging
 import socket
 import ssl
+from typing import Any
 
-from recsys.service.grpcio_transport import HANDSHAKE_SECONDS, taken
+from recsys.service.grpcio_transport import HANDSHAKE_SECONDS, KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, taken
 from recsys.service.passage import GOODBYE_SECONDS, Passage
 from recsys.settings import Settings, bracketed, is_loopback
 from recsys.tls import Named, read_pem
@@ -21,6 +22,13 @@ from recsys.tls import Named, read_pem
 PAUSE_SECONDS = 0.1
 SAY_SECONDS = 60.0
 BACKLOG = 1024
+UNREAD_MS = (KEEPALIVE_SECONDS + KEEPALIVE_TIMEOUT_SECONDS) * 1000
+# An answer does not wait until its client has acknowledged the one before, 40 ms often (asyncio sees to that only where
+# it made the socket); and a client that acknowledges nothing for so long is gone, or reads nothing.
+OPTIONS = {
+    socket.TCP_NODELAY: 1,
+    **({socket.TCP_USER_TIMEOUT: UNREAD_MS} if hasattr(socket, "TCP_USER_TIMEOUT") else {}),
+}
 # All gRPC speaks.
 PROTOCOL = "h2"
 # Hosts that stand for every address of the machine.
@@ -194,16 +202,22 @@ def _bind(host: str, port: int, share_port: bool, *, both: bool = False) -> list
     found = list[socket.socket]()
     try:
         # Where several names are one address it is told several times.
-        for family, _, _, _, (address, *_) in dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)):
+        for family, _, _, _, (address, _, *scope) in dict.fromkeys(
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ):
+            at: Any = (address, port, *scope)
             try:
                 each = socket.create_server(
-                    (address, port), family=family, backlog=BACKLOG, reuse_port=share_port, dualstack_ipv6=both
+                    at, family=family, backlog=BACKLOG, reuse_port=share_port, dualstack_ipv6=both
                 )
             except OSError as error:
                 if error.errno not in ABSENT:
                     raise
                 continue
             each.setblocking(False)
+            for option, value in OPTIONS.items():
+                # Whoever is accepted has them too.
+                each.setsockopt(socket.IPPROTO_TCP, option, value)
             found.append(each)
             # Where the system chooses the port, one for all.
             port = each.getsockname()[1]

@@ -68,11 +68,11 @@ class NativeTransport:
         """Listen.
 
         Raises:
-            SettingsError: when the settings name TLS files that cannot be used, or TMPDIR a folder too far down.
+            SettingsError: when the settings name TLS files that cannot be used, or TMPDIR a folder that cannot be
+                written to or is too far down.
             AddressInUse: when the port is taken.
         """
-        # Others can enter no folder that is made so, and reach no socket in it.
-        self._folder = Path(tempfile.mkdtemp(prefix="recsys-"))
+        self._folder = _folder()
         self._behind_front = str(self._folder / "behind-front")
         self._front: Front | None = None
         address = f"{bracketed(settings.host)}:{settings.port}"
@@ -225,6 +225,14 @@ class NativeTransport:
         self._calls.pop(call_id, None)
         if self._stopping and not self._calls:
             self._idle.set()
+
+
+def _folder() -> Path:
+    """Make a folder for sockets: others can enter none that is made so, and reach no socket in it."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="recsys-"))
+    except OSError as error:
+        raise SettingsError(f"TMPDIR: no folder for sockets can be made: {error}") from error
 
 
 def _threads() -> set[int]:

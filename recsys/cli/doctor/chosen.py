@@ -84,10 +84,10 @@ def _learning(settings: Settings) -> Iterator[Finding]:
 
 
 def _capacity(settings: Settings) -> Iterator[Finding]:
-    needed = settings.replay_capacity * RECORD_BYTES
-    if needed > settings.log_max_bytes:
+    replayed = settings.replay_capacity * RECORD_BYTES
+    if replayed > settings.log_max_bytes:
         found = (
-            f"replay_capacity = {settings.replay_capacity:,} takes about {size(needed)} of the log, and "
+            f"replay_capacity = {settings.replay_capacity:,} takes about {size(replayed)} of the log, and "
             f"log_max_bytes is {size(settings.log_max_bytes)}: the log fills up and feedback is refused"
         )
         yield Finding("settings", "problem", found, "raise log_max_bytes or lower replay_capacity")
