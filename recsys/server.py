@@ -40,7 +40,7 @@ from recsys.service.edge import Edge, Method, methods_of
 from recsys.service.model import Model
 from recsys.service.recommender import Appending, Question, Recommender, Scoring
 from recsys.service.store_calls import StoreCalls
-from recsys.service.transport import open_transport
+from recsys.service.transport import event_loop, open_transport
 from recsys.settings import Settings, bracketed, is_loopback
 from recsys.store.connection import connect
 from recsys.store.durability import check_durability
@@ -230,7 +230,10 @@ def run(settings: Settings, shared: Sequence[int] = ()) -> None:
     traces.start(settings, "recsys-server")
     weights = SharedWeights(settings, shared) if shared else None
     try:
-        asyncio.run(serve_until_signal(settings, assemble(settings, weights), share_port=bool(shared)))
+        with asyncio.Runner(loop_factory=partial(event_loop, settings)) as runner:
+            # Before anything is begun that would have to be ended.
+            runner.get_loop()
+            runner.run(serve_until_signal(settings, assemble(settings, weights), share_port=bool(shared)))
     finally:
         traces.stop()
     if weights is not None:

@@ -21,6 +21,7 @@ from recsys.item_rows import ItemRows
 from recsys.metrics import ServerMetrics
 from recsys.scorer import Answer, Lists, Query, RankedItems, ScoredItem, ScoreParts, Scores
 from recsys.server import Parts, Server
+from recsys.service.transport import event_loop
 from recsys.settings import Settings
 from recsys.store.connection import connect
 from recsys.store.v1.log_pb2 import History
@@ -127,8 +128,8 @@ class Loop:
     # A server that starts first compiles its loops where nobody has: a minute, and twice that beside another.
     SECONDS = 200
 
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, settings: Settings) -> None:
+        self._loop = event_loop(settings)
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
 
@@ -191,7 +192,7 @@ def server_tls(pki: Path) -> dict[str, str]:
 @contextmanager
 def serve(settings: Settings, *, ready: bool = True) -> Iterator[Running]:
     """Run a server in this process on free ports; `ready` waits for SERVING."""
-    loop = Loop()
+    loop = Loop(settings)
     registry = CollectorRegistry()
     scorer = PlainScorer()
     follower = PlainFollower(scorer)

@@ -70,7 +70,7 @@ class System:
 @pytest.fixture
 def system(settings: Settings) -> Iterator[System]:
     quick = small(settings, drain_seconds=0.05)
-    loop = Loop()
+    loop = Loop(quick)
     try:
         with trainer(quick) as daemon:
             daemon.start()

@@ -65,7 +65,7 @@ def until(true: Callable[[], bool]) -> None:
 def serving(settings: Settings) -> Iterator[Running]:
     registry = CollectorRegistry()
     daemon = Daemon(settings, TrainerMetrics(registry), CPU, still)
-    loop = Loop()
+    loop = Loop(settings)
     parts = assemble(settings)
     server = Server(settings, parts)
     try:

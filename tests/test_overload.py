@@ -15,6 +15,7 @@ from serving import WAYS, Running, serve
 
 from recsys import Client, errors
 from recsys.batcher import Batcher, Pace, Stretch
+from recsys.service.gathering import GatheringLoop
 from recsys.settings import Settings
 
 
@@ -293,6 +294,16 @@ def test_a_refused_call_is_told_how_long_the_queue_takes(full: Running) -> None:
         client.recommend("u", timeout=SECONDS)
     assert caught.value.retry_seconds
     assert 0 < caught.value.retry_seconds < SECONDS
+
+
+def test_what_is_refused_makes_the_loop_beside_look_less_often(full: Running) -> None:
+    loop = full.loop._loop
+    if isinstance(loop, GatheringLoop):
+        assert loop._gathering.crowded_until < 0
+    check_refusal(lambda: recommend(full), grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    assert isinstance(loop, GatheringLoop) == (full.settings.transport == "native")
+    if isinstance(loop, GatheringLoop):
+        assert loop._gathering.crowded_until > 0
 
 
 def test_a_caller_that_hangs_up_frees_its_place(settings: Settings) -> None:

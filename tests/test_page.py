@@ -566,7 +566,7 @@ def test_a_user_is_tried_by_keyboard_alone(settings: Settings, browser: Browser)
 @needs_chromium
 def test_why_is_told_by_a_server_that_has_learned(settings: Settings, browser: Browser) -> None:
     quick = small(settings, drain_seconds=0.05)
-    loop = Loop()
+    loop = Loop(quick)
     try:
         with trainer(quick) as daemon:
             daemon.start()

@@ -66,7 +66,7 @@ class System:
 @pytest.fixture
 def system(settings: Settings) -> Iterator[System]:
     quick = small(settings, drain_seconds=0.05, gate=False)
-    loop = Loop()
+    loop = Loop(quick)
     try:
         with trainer(quick) as daemon:
             daemon.start()
@@ -230,7 +230,7 @@ def test_bad_requests_name_their_fields(settings: Settings) -> None:
 
 def test_before_the_first_version_there_is_nothing_to_explain(settings: Settings) -> None:
     quick = small(settings, drain_seconds=0.05)
-    loop = Loop()
+    loop = Loop(quick)
     try:
         server = Server(quick, assemble(quick))
         loop.run(server.start())

@@ -30,6 +30,7 @@ from recsys.errors import RecsysError, SettingsError
 from recsys.service.edge import Call, Edge, Ending, Metadata
 from recsys.service.errors import Refusal
 from recsys.service.front import Front, needed
+from recsys.service.gathering import GatheringLoop
 from recsys.service.grpcio_transport import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, limits, taken
 from recsys.settings import Settings, bracketed
 
@@ -110,6 +111,7 @@ class NativeTransport:
         self._behind = grpc.aio.server(options=limits(settings))
         add_services(self._behind)
         self._calls: dict[int, Call] = {}
+        self._loop: GatheringLoop | None = None
         self._stopping = False
         self._idle = threading.Event()
         self._closed = threading.Event()
@@ -118,6 +120,8 @@ class NativeTransport:
 
     async def start(self) -> None:
         """Begin to bring calls."""
+        loop = asyncio.get_running_loop()
+        self._loop = loop if isinstance(loop, GatheringLoop) else None
         socket = str(self._folder / "behind")
         self._behind.add_insecure_port(f"unix:{socket}")
         await self._behind.start()
@@ -221,6 +225,8 @@ class NativeTransport:
         if isinstance(ending, bytes):
             self._native.respond(call_id, ending)
         elif ending is not None:
+            if ending.code == code_pb2.RESOURCE_EXHAUSTED and self._loop is not None:
+                self._loop.crowded()
             self._native.fail(call_id, ending.code, ending.message, ending.trailers)
         self._calls.pop(call_id, None)
         if self._stopping and not self._calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 from recsys.batcher import Batcher
 from recsys.errors import SettingsError
 from recsys.service.edge import Edge
+from recsys.service.gathering import GatheringLoop
 from recsys.service.grpcio_transport import GrpcioTransport
 from recsys.settings import Settings
 
@@ -50,6 +52,18 @@ def open_transport(
     from recsys.service.native_transport import NativeTransport
 
     return NativeTransport(settings, edge, receiver, add_services, share_port=share_port)
+
+
+def event_loop(settings: Settings) -> asyncio.AbstractEventLoop:
+    """Make the event loop that a transport is to be used on.
+
+    Calls over grpcio are answered on it. Beside the native one it is a front's, and must not keep the thread that
+    scores from its work.
+
+    Raises:
+        SettingsError: as open_transport does.
+    """
+    return asyncio.new_event_loop() if chosen(settings) == "grpcio" else GatheringLoop()
 
 
 def chosen(settings: Settings) -> str:
