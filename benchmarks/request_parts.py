@@ -120,7 +120,7 @@ def measure(store_url: str, items: int, sizes: list[int], requests: int) -> dict
         mirror.refresh()
         scorer, metrics = Scorer(settings, mirror, torch.device("cpu")), ServerMetrics(CollectorRegistry())
         payload, _ = made_up_learner(settings, items).write_all()
-        scorer.load(VersionRecord(version=1), payload, 0)
+        scorer.load(VersionRecord(version=1), payload)
         scorer.warm_up()
         histories, held = Histories(client, settings), Held()
         scoring = Scoring(histories, scorer, metrics)

@@ -75,11 +75,11 @@ def torn(seen: dict[int, Counter[Shown]], reference: Settings) -> int:
         weights = WeightStore(client, reference)
         snapshot = weights.load_snapshot()
         assert snapshot is not None
-        scorer.load(snapshot.record, snapshot.payload, 0)
+        scorer.load(snapshot.record, snapshot.payload)
         wrong += check(snapshot.record.version)
         while deltas := weights.read_after(scorer.version):
             for delta in deltas:
-                scorer.apply(delta.record, delta.payload, 0)
+                scorer.apply(delta.record, delta.payload)
                 wrong += check(delta.record.version)
     # Versions that never were.
     return wrong + sum(sum(given.values()) for given in seen.values())

@@ -149,7 +149,7 @@ def close(one: Seen, other: Seen) -> bool:
 def answers_of(settings: Settings, payload: WeightPayload, asked: Sequence[Query]) -> list[Seen]:
     """Answer from one content, put in place as a whole."""
     scorer = Scorer(settings, CatalogMirror(Catalog(connect(settings), settings)), CPU)
-    scorer.load(VersionRecord(version=1), payload, 0)
+    scorer.load(VersionRecord(version=1), payload)
     return [seen(answer) for answer in scorer.answer(asked)]
 
 

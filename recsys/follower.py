@@ -30,8 +30,9 @@ WAIT_SECONDS = 0.5
 # and less often, unless there is another snapshot.
 RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 30.0
-# How often a process looks at the weights that another one keeps up to date.
+# How often a process looks at the weights that another one keeps up to date, and whether it is about to move them.
 LOOK_SECONDS = 0.05
+CALLED_SECONDS = 0.005
 # How often the store is asked whether it can write its files.
 FILES_SECONDS = 1.0
 # More than a store can forget when it crashes.
@@ -82,6 +83,12 @@ class Follower:
         self._client.close()
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        finally:
+            self._scorer.leave()
+
+    def _follow(self) -> None:
         while not self._stopping.is_set():
             try:
                 if not self.step(WAIT_SECONDS):
@@ -140,7 +147,7 @@ class Follower:
         """
         self._mirror.refresh()
         if not self._scorer.leads():
-            self._stopping.wait(min(wait_seconds, LOOK_SECONDS))
+            self._wait_for_call(min(wait_seconds, LOOK_SECONDS))
             self._look()
             return self._scorer.version > 0
         self._look()
@@ -160,22 +167,32 @@ class Follower:
             with self._awaiting_lock:
                 self._awaiting_answer.append((delta.record.version, list(delta.record.accepted_ms)))
             with traces.span("apply version", delta.record.version):
-                self._scorer.apply(delta.record, delta.payload, _now_ms())
+                self._scorer.apply(delta.record, delta.payload)
             self._applied(delta.record)
         self._retry_seconds, self._scorer.problem = RETRY_SECONDS, ""
         self._look()
         return True
+
+    def _wait_for_call(self, seconds: float) -> None:
+        """Wait until another process is about to move the weights, or as long."""
+        deadline = time.monotonic() + seconds
+        while not self._scorer.called() and (left := deadline - time.monotonic()) > 0:
+            if self._stopping.wait(min(CALLED_SECONDS, left)):
+                return
 
     def _look(self) -> None:
         """Take what stands, show it, and be ready when that is the first."""
         self._scorer.refresh()
         if not self._scorer.version:
             return
+        self._scorer.prepare()
         status = self._scorer.status
         self._metrics.version_applied(
             status.version, status.committed_ms / 1000, status.applied_ms / 1000, status.items
         )
         if not self.ready.is_set():
+            # The compiler may take a minute.
+            self._scorer.leave()
             self._scorer.warm_up()
             self.ready.set()
 
@@ -217,7 +234,7 @@ class Follower:
             return True
         with self._awaiting_lock:
             self._awaiting_answer.clear()
-        self._scorer.take(last, replica, _now_ms())
+        self._scorer.take(last, replica)
         tell(_log, logging.INFO, "weights loaded", version=last.version, reason=self._reason)
         for record in passed:
             self._remember(record)

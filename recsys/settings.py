@@ -336,7 +336,7 @@ class Settings(BaseModel):
     retrieval: Literal["auto", "exact", "partitioned"] = Field(
         "auto",
         description="exact: look at every item; partitioned: only where k-means lets the best be expected; auto: "
-        "partitioned from 300,000 items on; exact on CUDA, without AVX2 and with several server_processes",
+        "partitioned from 300,000 items on; exact on CUDA and without AVX2",
     )
     server_processes: int = Field(
         1,

@@ -85,7 +85,7 @@ def expected(settings: Settings) -> list[Answer]:
     """Answer from what the store holds."""
     with connect(settings) as client:
         scorer = Scorer(settings, CatalogMirror(Catalog(client, settings)), CPU)
-    scorer.load(VersionRecord(version=head(settings)[0]), replica(settings).write_all(), 0)
+    scorer.load(VersionRecord(version=head(settings)[0]), replica(settings).write_all())
     return scorer.answer(QUERIES, START_MS + 1000)
 
 

@@ -131,18 +131,19 @@ def at_places(rough: Rough, places: Places, width: int) -> NDArray[np.float32]:
     return found
 
 
-def check_numbers(items: Items) -> None:
+def check_numbers(items: Items, near: float) -> None:
     """Means and variances are those of the rows."""
     assert items.partitions is not None
     both = np.concatenate([items.vectors_ID.numpy(), items.standing_IS.numpy()], 1)
     partition_I = items.partitions.places.partition_I[: len(both)]
     for partition in np.unique(partition_I).tolist():
         rows = both[partition_I == partition]
-        assert np.allclose(items.partitions.mean_LV[partition], rows.mean(0), atol=1e-4)
-        assert np.allclose(items.partitions.variance_LV[partition], rows.var(0), atol=1e-3, rtol=1e-3)
+        assert np.allclose(items.partitions.mean_LV[partition], rows.mean(0), atol=near)
+        assert np.allclose(items.partitions.variance_LV[partition], rows.var(0), atol=10 * near, rtol=10 * near)
 
 
-def test_rows_move_with_each_version(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead_of_it", [True, False])
+def test_rows_move_with_each_version(ahead_of_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changed, new and far larger rows; centres found anew once half of the rows have come or moved."""
     monkeypatch.setattr(search, "SPREADS", EVERYWHERE)
     draw = torch.Generator().manual_seed(5)
@@ -161,20 +162,25 @@ def test_rows_move_with_each_version(monkeypatch: pytest.MonkeyPatch) -> None:
         new_items = list(zip(source.table.item_ids[first:], range(first, source.table.rows), strict=True))
         payload = source.write(changed, new_items)
         before = items.partitions
-        ahead = Ahead.of(items, replica.table, payload)
         assert before is not None
-        assert ahead is not None
-        assert ahead.partitions is not None
-        if ahead.partitions.centres is before.centres:
+        if ahead_of_it:
+            ahead = Ahead.of(items, replica.table, payload)
+            assert ahead is not None
+            # What is answered meanwhile lies where it lay.
+            check_places(items)
+            replica.apply(payload)
+            items = ahead.land(replica.table)
+        else:
+            replica.apply(payload)
+            items = items.moved(replica.table, changed.numpy())
+        assert items.partitions is not None
+        if items.partitions.centres is before.centres:
             kept += 1
         else:
             anew += 1
-        # What is answered meanwhile lies where it lay.
         check_places(items)
-        replica.apply(payload)
-        items = ahead.land(replica.table)
-        check_places(items)
-        check_numbers(items)
+        # What went is known roughly where the version is in place.
+        check_numbers(items, 1e-4 if ahead_of_it else 1e-2)
         asked = Asked(replica.table, 3, step)
         exact, parted = (asked.ask(each, replica.table, 30) for each in (Items.of(replica.table), items))
         assert torch.equal(exact.rows_BK, parted.rows_BK)

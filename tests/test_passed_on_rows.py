@@ -185,13 +185,13 @@ def test_nothing_is_recommended_from_a_free_row(store: redis.Redis, settings: Se
     learner.allocate("abcdefgh")
     learner.free(np.array([2, 3, 7]))
     scorer = Scorer(learner.settings, CatalogMirror(Catalog(store, settings)), CPU)
-    scorer.load(VersionRecord(version=1), learner.write_all()[0], 0)
+    scorer.load(VersionRecord(version=1), learner.write_all()[0])
     (answer,) = scorer.answer([Query(history=(), count=8)], 0)
     assert sorted(item.item_id for item in answer.items) == ["a", "d", "e", "f", "h"]
     learner.take_changed()
     learner.allocate("xb")
     learner.free(np.array([1]))
-    scorer.apply(VersionRecord(version=2), learner.write(learner.take_changed(), learner.table.rows)[0], 0)
+    scorer.apply(VersionRecord(version=2), learner.write(learner.take_changed(), learner.table.rows)[0])
     (answer,) = scorer.answer([Query(history=(), count=8)], 0)
     assert sorted(item.item_id for item in answer.items) == ["b", "d", "e", "f", "h", "x"]
     assert scorer.status.items == 6

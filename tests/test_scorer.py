@@ -8,24 +8,30 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import redis
 import torch
 from learning import CPU, START_MS, small
+from numpy.typing import NDArray
 
 from recsys.catalog import Catalog, CatalogMirror, CategoryFilter, Item
 from recsys.encoding import RowHistory, encode_contexts
 from recsys.errors import CorruptWeights, NotReady
+from recsys.item_table import ItemTable
 from recsys.network import Histories
-from recsys.scorer import Answer, Query, ScoredItem, Scorer
+from recsys.scorer import Answer, Query, ScoredItem, Scorer, search
+from recsys.scorer.items import Items, looked_at_roughly
+from recsys.scorer.partitions import Partitions
 from recsys.settings import Settings
 from recsys.standing import TREND_DECAYS
 from recsys.store.v1.log_pb2 import HistoryEntry
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.v1.recommender_pb2 import SOURCE_NETWORK, SOURCE_TRANSITION, SOURCE_TRENDING
 from recsys.weights import WeightPayload, encode
+from recsys.weights import shared as shared_module
 from recsys.weights.replica import Replica
 from recsys.weights.shared import SharedWeights, create
 from trainer.examples import Event
@@ -36,6 +42,7 @@ CYCLE = 30
 ITEMS = 150
 NOW_MS = START_MS + 10_000
 VERSIONS = 4
+SECONDS = 60
 
 
 def walked(start: int, length: int) -> tuple[HistoryEntry, ...]:
@@ -118,7 +125,7 @@ def empty(learning_settings: Settings, mirror: CatalogMirror) -> Scorer:
 @pytest.fixture
 def scorer(empty: Scorer, versions: Versions) -> Scorer:
     record, _, whole = versions[-1]
-    empty.load(record, whole, 7)
+    empty.load(record, whole)
     return empty
 
 
@@ -131,23 +138,33 @@ def ids(items: list[ScoredItem]) -> list[str]:
     return [item.item_id for item in items]
 
 
+@pytest.fixture
+def pair(learning_settings: Settings, mirror: CatalogMirror, request: pytest.FixtureRequest) -> Iterator[list[Scorer]]:
+    """Two scorers that share weights, with a way of retrieval."""
+    settings = learning_settings.model_copy(update={"retrieval": getattr(request, "param", "auto")})
+    descriptors = create()
+    shared = [SharedWeights(settings, descriptors) for _ in range(2)]
+    yield [Scorer(settings, mirror, CPU, each) for each in shared]
+    for each in shared:
+        each.close()
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
 def test_processes_that_share_weights_answer_alike(
-    learning_settings: Settings, mirror: CatalogMirror, versions: Versions
+    pair: list[Scorer], learning_settings: Settings, mirror: CatalogMirror, versions: Versions
 ) -> None:
     """One moves them; another, which looks at some versions only, finds the changed rows and the new items."""
-    descriptors = create()
-    first, second = (
-        Scorer(learning_settings, mirror, CPU, SharedWeights(learning_settings, descriptors)) for _ in range(2)
-    )
+    first, second = pair
     lone = Scorer(learning_settings, mirror, CPU)
     queries = [Query(history=walked(start, 4)) for start in range(6)]
     assert first.leads()
     for place, (record, delta, whole) in enumerate(versions):
         for each in (first, lone):
             if place:
-                each.apply(record, delta, 0)
+                each.apply(record, delta)
             else:
-                each.load(record, whole, 0)
+                each.load(record, whole)
         # The one before the last goes by unseen.
         looking = [first] if place == len(versions) - 2 else [first, second]
         expected = lone.answer(queries, NOW_MS)
@@ -155,8 +172,98 @@ def test_processes_that_share_weights_answer_alike(
             assert [answer.version for answer in each.answer(queries, NOW_MS)] == [record.version] * len(queries)
             for found, answer in zip(each.answer(queries, NOW_MS), expected, strict=True):
                 assert_same(list(found.items), [(item.item_id, item.score) for item in answer.items], 1e-5)
-    for descriptor in descriptors:
-        os.close(descriptor)
+
+
+@pytest.mark.parametrize("pair", ["exact", "partitioned"], indirect=True)
+@pytest.mark.parametrize("slow", [False, True])
+def test_processes_that_share_weights_foresee_the_next(
+    pair: list[Scorer], slow: bool, mirror: CatalogMirror, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All compute what they need of it before it is in place; what one has no time for it computes afterwards."""
+    settings = pair[0]._settings
+    moved: list[int] = []
+    behind = Items.moved
+
+    def counted(items: Items, table: ItemTable, changed_R: NDArray[np.int64]) -> Items:
+        moved.append(len(changed_R))
+        return behind(items, table, changed_R)
+
+    monkeypatch.setattr(Items, "moved", counted)
+    monkeypatch.setattr(shared_module, "READY_SECONDS", 0.05 if slow else SECONDS)
+    monkeypatch.setattr(search, "SPREADS", 1e6)
+    first, second = pair
+    lone = Scorer(settings, mirror, CPU)
+    queries = [Query(history=walked(start, 4)) for start in range(6)]
+    assert first.leads()
+    record, _, whole = versions[0]
+    for each in (first, lone):
+        each.load(record, whole)
+    for each in pair:
+        each.refresh()
+        each.prepare()
+    parted = settings.retrieval == "partitioned" and looked_at_roughly(CPU)
+    assert len(moved) == (2 if parted else 0), "what was parted meanwhile is moved to where the weights are by then"
+    moved.clear()
+    done, one_at_a_time = threading.Event(), threading.Lock()
+
+    def follow() -> None:
+        while not done.wait(0.001):
+            with one_at_a_time:
+                if second.called() and not slow:
+                    second.prepare()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    for record, delta, _ in versions[1:]:
+        for each in (first, lone):
+            each.apply(record, delta)
+        expected = lone.answer(queries, NOW_MS)
+        for each in pair:
+            for found, answer in zip(each.answer(queries, NOW_MS), expected, strict=True):
+                assert found.version == record.version
+                assert_same(list(found.items), [(item.item_id, item.score) for item in answer.items], 1e-5)
+            # More rows have come than there was room for in partitions.
+            with one_at_a_time:
+                each.prepare()
+            assert each._items is not None
+            assert (each._items.partitions is not None) == parted
+    done.set()
+    thread.join()
+    if not parted:
+        assert len(moved) == (VERSIONS - 1 if slow else 0)
+    for each in pair:
+        each.leave()
+
+
+@pytest.mark.skipif(not looked_at_roughly(CPU), reason="no AVX2 here: nothing is looked at in partitions")
+@pytest.mark.parametrize("pair", ["partitioned"], indirect=True)
+def test_versions_go_on_while_a_process_finds_partitions(
+    pair: list[Scorer], versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = pair
+    (record, _, whole), (after, delta, _) = versions[-2:]
+    first.load(record, whole)
+    second.refresh()
+    # Few enough to have room among so few.
+    columns = {name: column[:20] for name, column in delta.columns.items()}
+    delta = replace(delta, rows=delta.rows[:20], columns=columns)
+    find = Partitions.of
+
+    def late(*arguments: Any) -> Partitions:
+        first.apply(after, delta)
+        second.refresh()
+        return find(*arguments)
+
+    monkeypatch.setattr(Partitions, "of", late)
+    second.prepare()
+    assert second._items is not None
+    assert second._items.partitions is not None
+    assert second.version == after.version
+    assert second._replica is not None
+    assert second._items.rough is not None
+    places, vectors = second._items.partitions.places, second._replica.table.column("vector").numpy()
+    known = second._items.rough[0].read(np.arange(1, len(vectors)), places)
+    assert np.linalg.norm(known - vectors[1:], axis=1).max() <= second._items.rough[0].lost * 1.001
 
 
 # The arithmetic, item by item
@@ -314,7 +421,7 @@ def test_an_answer_does_not_depend_on_who_else_asks(
 ) -> None:
     """What one user gets is not chosen from the more candidates that another one's answer needs."""
     scorer = Scorer(learning_settings.model_copy(update={"worth_weight": 10.0}), mirror, CPU)
-    scorer.load(versions[-1][0], versions[-1][2], 0)
+    scorer.load(versions[-1][0], versions[-1][2])
     query = Query(walked(3, 5), count=100)
     alone = scorer.answer([query], NOW_MS)[0]
     greedy = Query(walked(20, 3), count=ITEMS)
@@ -345,7 +452,7 @@ def test_as_many_as_there_are(scorer: Scorer, count: int, length: int) -> None:
 
 
 def test_no_items_at_all(empty: Scorer, learning_settings: Settings) -> None:
-    empty.load(VersionRecord(version=1), Replica(learning_settings, CPU).write_all(), 0)
+    empty.load(VersionRecord(version=1), Replica(learning_settings, CPU).write_all())
     assert empty.answer([Query(walked(0, 3)), Query(())], NOW_MS) == [Answer(1, []), Answer(1, [])]
     (item,) = empty.answer([Query((), candidates=("x",))], NOW_MS)[0].items
     assert not item.known
@@ -491,7 +598,7 @@ def test_nothing_is_answered_before_the_first_version(empty: Scorer) -> None:
 
 def test_status(scorer: Scorer) -> None:
     status = scorer.status
-    assert (status.version, status.committed_ms, status.applied_ms) == (VERSIONS, VERSIONS, 7)
+    assert (status.version, status.committed_ms) == (VERSIONS, VERSIONS)
     assert (status.items, status.feedback_learned) == (ITEMS, VERSIONS)
 
 
@@ -499,7 +606,7 @@ def test_the_first_answer_of_a_version_is_told_once(empty: Scorer, versions: Ver
     told: list[int] = []
     empty.on_first_answer = told.append
     for record, delta, whole in versions[:2]:
-        empty.load(record, whole, 0) if record.version == 1 else empty.apply(record, delta, 0)
+        empty.load(record, whole) if record.version == 1 else empty.apply(record, delta)
         assert told == list(range(1, record.version))
         for _ in range(3):
             empty.answer([Query(()), Query(())])
@@ -513,9 +620,9 @@ def test_deltas_lead_to_the_same_bits_as_a_whole_copy(
     for record, delta, whole in versions:
         replica.apply(delta)
         assert encode(replica.write_all()) == encode(whole)
-        empty.load(record, delta, 0) if record.version == 1 else empty.apply(record, delta, 0)
+        empty.load(record, delta) if record.version == 1 else empty.apply(record, delta)
         other = Scorer(learning_settings, mirror, CPU)
-        other.load(record, whole, 0)
+        other.load(record, whole)
         assert empty.answer(QUERIES, NOW_MS) == other.answer(QUERIES, NOW_MS)
     assert len(versions[1][1].rows) < len(versions[1][2].rows)
 
@@ -529,9 +636,9 @@ def test_items_in_partitions_give_the_same_answers(
     for record, delta, whole in versions:
         for each in (empty, parted):
             if record.version == 1 or from_whole:
-                each.load(record, whole, 0)
+                each.load(record, whole)
             else:
-                each.apply(record, delta, 0)
+                each.apply(record, delta)
         assert parted.answer(QUERIES, NOW_MS) == empty.answer(QUERIES, NOW_MS)
 
 
@@ -551,12 +658,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
     empty: Scorer, versions: Versions, learning_settings: Settings
 ) -> None:
     (first, _, whole), (second, delta, _), *_ = versions
-    empty.load(first, whole, 1)
+    empty.load(first, whole)
     before, status = empty.answer(QUERIES, NOW_MS), empty.status
     for what, payload in damaged(delta):
         bad = replace(payload, rows=np.asarray(payload.rows, np.int32))
         with pytest.raises(CorruptWeights):
-            empty.apply(second, bad, 2)
+            empty.apply(second, bad)
         assert empty.answer(QUERIES, NOW_MS) == before, what
         assert empty.status == status
     for what, payload in damaged(whole):
@@ -565,16 +672,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
             # To a whole copy every item is new.
             continue
         with pytest.raises(CorruptWeights):
-            empty.load(second, bad, 2)
+            empty.load(second, bad)
         assert empty.answer(QUERIES, NOW_MS) == before, what
-    empty.apply(second, delta, 3)
+    empty.apply(second, delta)
     assert empty.version == 2
 
 
 def test_a_version_of_the_same_number_and_other_items(scorer: Scorer, versions: Versions) -> None:
     """What was kept for a version is not used for another of its number, as after a store that began anew."""
     assert len(ask(scorer, history=(), count=ITEMS)) == ITEMS
-    scorer.load(versions[-1][0], versions[0][2], 8)
+    scorer.load(versions[-1][0], versions[0][2])
     assert numbers(ask(scorer, history=(), count=ITEMS)) == set(range(110))
     assert scorer.status.items == 110
 
@@ -583,11 +690,11 @@ def test_a_whole_version_may_follow_changes(
     empty: Scorer, mirror: CatalogMirror, versions: Versions, learning_settings: Settings
 ) -> None:
     """As after a rollback, and changes after it again; each answers as if it had been the first."""
-    empty.load(versions[0][0], versions[0][2], 0)
+    empty.load(versions[0][0], versions[0][2])
     for place, payload in ((1, versions[1][1]), (0, versions[0][2]), (1, versions[1][1]), (2, versions[2][1])):
-        empty.apply(versions[place][0], payload, 0)
+        empty.apply(versions[place][0], payload)
         alone = Scorer(learning_settings, mirror, CPU)
-        alone.load(versions[place][0], versions[place][2], 0)
+        alone.load(versions[place][0], versions[place][2])
         assert empty.answer(QUERIES, NOW_MS) == alone.answer(QUERIES, NOW_MS)
 
 
@@ -598,17 +705,17 @@ def test_an_answer_comes_from_one_version(
     expected: dict[int, Answer] = {}
     for record, _, whole in versions:
         offline = Scorer(learning_settings, mirror, CPU)
-        offline.load(record, whole, 0)
+        offline.load(record, whole)
         (expected[record.version],) = offline.answer(QUERIES[:1], NOW_MS)
     assert len({str(answer.items) for answer in expected.values()}) == VERSIONS
-    empty.load(versions[0][0], versions[0][2], 0)
+    empty.load(versions[0][0], versions[0][2])
     stop = threading.Event()
 
     def move() -> None:
         while not stop.is_set():
             for record, delta, _ in versions[1:]:
-                empty.apply(record, delta, 0)
-            empty.load(versions[0][0], versions[0][2], 0)
+                empty.apply(record, delta)
+            empty.load(versions[0][0], versions[0][2])
 
     mover = threading.Thread(target=move)
     mover.start()
@@ -629,7 +736,7 @@ def test_cuda_answers_alike(
 ) -> None:
     other = Scorer(learning_settings, mirror, torch.device("cuda"))
     for record, delta, whole in versions:
-        other.load(record, whole, 0) if record.version == 1 else other.apply(record, delta, 0)
+        other.load(record, whole) if record.version == 1 else other.apply(record, delta)
     wanted = Query(walked(3, 5), candidates=("item-9", "never seen"))
     for ours, theirs in zip(
         scorer.answer([*QUERIES, wanted], NOW_MS), other.answer([*QUERIES, wanted], NOW_MS), strict=True

@@ -165,7 +165,7 @@ def test_a_scorer_tells_how_often_items_were_chosen(settings: Settings) -> None:
         append(settings, feedback)
         learn_all(settings)
         held = replica(settings)
-        scorer.take(VersionRecord(version=1), held, 0)
+        scorer.take(VersionRecord(version=1), held)
     positive = {each.name for each in settings.classes if each.positive}
     items = sorted({each.item_id for each in feedback})
     assert scorer.chosen()[held.table.look_up(items)].tolist() == [

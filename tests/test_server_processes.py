@@ -65,8 +65,8 @@ def serve(settings: Settings, stderr: int | None = None) -> Iterator[subprocess.
 
 
 @pytest.fixture
-def base(settings: Settings) -> Settings:
-    return small(settings, server_processes=PROCESSES)
+def base(settings: Settings, request: pytest.FixtureRequest) -> Settings:
+    return small(settings, server_processes=PROCESSES, retrieval=getattr(request, "param", "auto"))
 
 
 @pytest.fixture
@@ -101,6 +101,7 @@ def until(found: Servers, wanted: int) -> None:
         seen += version == wanted
 
 
+@pytest.mark.parametrize("base", ["exact", "partitioned"], indirect=True)
 def test_any_process_may_be_killed_and_the_others_go_on(servers: Servers, base: Settings) -> None:
     until(servers, head(base)[0])
     assert len(servers.pids()) == PROCESSES

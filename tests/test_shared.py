@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -103,34 +104,133 @@ def record(version: int) -> VersionRecord:
     return VersionRecord(version=version, chain=bytes(version % 100))
 
 
+def begun(settings: Settings, memory: tuple[int, ...]) -> tuple[SharedWeights, SharedWeights]:
+    """Return what two processes hold of a first version, which the first has put in place."""
+    first, second = SharedWeights(settings, memory), SharedWeights(settings, memory)
+    spare = first.spare()
+    spare.apply(whole(settings, 1))
+    first.take(record(1), spare)
+    assert check(second, settings) == 1
+    return first, second
+
+
 @pytest.mark.parametrize("least_given", [0, shared_module.LEAST_GIVEN])
 def test_one_process_moves_and_all_see_it(
     small: Settings, memory: tuple[int, ...], least_given: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_module, "LEAST_GIVEN", least_given)
     first, second = SharedWeights(small, memory), SharedWeights(small, memory)
+    start_ms = time.time_ns() // 1_000_000
     assert (check(first, small), check(second, small)) == (0, 0)
     assert (first.leads(), second.leads(), first.leads()) == (True, False, True)
     spare = first.spare()
     spare.apply(whole(small, 1))
     assert check(second, small) == 0
-    first.take(record(1), spare, 11)
+    first.take(record(1), spare)
     assert check(second, small) == check(first, small) == 1
     for version in range(2, 30):
-        first.apply(record(version), change(small, version), 10 + version)
+        first.apply(record(version), change(small, version))
         # The second does not look at every version.
         if version % 3 == 0:
             assert check(second, small) == version
-            assert (second.record, second.applied_ms) == (record(version), 10 + version)
+            assert second.record == record(version)
+            assert start_ms <= second.applied_ms == first.applied_ms <= time.time_ns() // 1_000_000
         assert check(first, small) == version
     late = SharedWeights(small, memory)
     assert check(late, small) == 29
     first.close()
     assert second.leads(), "the lock went with the process that held it"
-    second.apply(record(30), whole(small, 30), 0)
-    second.apply(record(31), change(small, 31), 0)
+    second.apply(record(30), whole(small, 30))
+    second.apply(record(31), change(small, 31))
     assert check(late, small) == check(second, small) == 31
     for each in (second, late):
+        each.close()
+
+
+def test_a_change_is_told_before_it_is_made(
+    small: Settings, memory: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = begun(small, memory)
+    for each in (first, second):
+        assert not each.calls()
+        each.listen()
+        assert each.foretold() is None
+    told: list[int] = []
+
+    def prepare() -> None:
+        for each in (first, second):
+            assert each.calls()
+            foretold = each.foretold()
+            assert foretold is not None
+            with each.reading() as number:
+                assert (foretold.before, each.record.version) == (number, version - 1)
+            assert encode(foretold.payload()) == encode(made)
+            told.append(foretold.number)
+            each.heard(foretold.number)
+            assert each.foretold() is None
+
+    for version in range(2, 16):
+        made = change(small, version)
+        first.apply(record(version), made, prepare)
+        assert check(second, small) == version
+        with second.reading():
+            assert second.point().foretold == told[-1] == told[-2] == version - 1
+    # A whole version is told to nobody.
+    first.apply(record(16), whole(small, 16), prepare)
+    assert check(second, small) == 16
+    with second.reading():
+        assert second.point().foretold == 0
+    assert len(told) == 2 * 14
+    for each in (first, second):
+        each.close()
+
+
+def test_who_stands_still_is_waited_for_once(
+    small: Settings, memory: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = begun(small, memory)
+    second.listen()
+    for version, patience in ((2, 0.3), (3, 60.0), (4, 60.0)):
+        monkeypatch.setattr(shared_module, "READY_SECONDS", patience)
+        start = time.monotonic()
+        first.apply(record(version), change(small, version))
+        assert (time.monotonic() - start >= patience) == (version == 2)
+    # It hears too late: what was foretold is in force.
+    assert second.calls()
+    assert second.foretold() is None
+    assert not second.calls()
+    assert check(second, small) == 4
+
+    def hear() -> None:
+        foretold = second.foretold()
+        assert foretold is not None
+        second.heard(foretold.number)
+
+    # Once it has been in time it is waited for again.
+    for version in (5, 6):
+        first.apply(record(version), change(small, version), hear)
+    first.apply(record(7), change(small, 7), threading.Timer(0.1, hear).start)
+    assert not second.calls()
+    assert check(second, small) == 7
+    for each in (first, second):
+        each.close()
+
+
+def test_what_is_being_written_is_not_heard(small: Settings, memory: tuple[int, ...]) -> None:
+    """Whoever leads may die while it writes what is to come, or go on without a process that reads it."""
+    first, second = begun(small, memory)
+    first.apply(record(2), change(small, 2))
+    second.listen()
+    first._foretell(record(3), change(small, 3))
+    assert second.calls()
+    # The next one is begun.
+    first._numbers[shared_module._FORETELLING] += 1
+    assert second.foretold() is None
+    assert not second.calls()
+    first.apply(record(3), change(small, 3))
+    assert check(second, small) == 3
+    assert second.foretold() is None
+    for each in (first, second):
         each.close()
 
 
@@ -138,13 +238,13 @@ def test_what_does_not_fit_changes_nothing(small: Settings, memory: tuple[int, .
     shared = SharedWeights(small, memory)
     spare = shared.spare()
     spare.apply(whole(small, 1))
-    shared.take(record(1), spare, 0)
+    shared.take(record(1), spare)
     good = change(small, 2)
     bad = replace(good, dense={**good.dense, CLOCK: np.zeros(2, np.int64)})
     with pytest.raises(CorruptWeights):
-        shared.apply(record(2), bad, 0)
+        shared.apply(record(2), bad)
     assert check(shared, small) == 1
-    shared.apply(record(2), good, 0)
+    shared.apply(record(2), good)
     assert check(shared, small) == 2
     shared.close()
 
@@ -156,7 +256,7 @@ def test_memory_is_given_back(small: Settings, memory: tuple[int, ...]) -> None:
     for version in (6, 13, 20, 27):
         spare = shared.spare()
         spare.apply(whole(small, version))
-        shared.take(record(version), spare, 0)
+        shared.take(record(version), spare)
         taken.append(os.fstat(memory[0]).st_blocks * 512)
     assert taken[0] < 2_000_000
     assert max(taken) - min(taken) <= 4096
@@ -180,7 +280,7 @@ def _move(shared: SharedWeights, changes: list[WeightPayload], told: int) -> Non
         version = shared.record.version
     os.write(told, b"!")
     for each in range(version + 1, VERSIONS):
-        shared.apply(record(each), changes[each], 0)
+        shared.apply(record(each), changes[each])
     signal.pause()
 
 
@@ -192,7 +292,7 @@ def _kill_again_and_again() -> None:
     shared = SharedWeights(settings, descriptors)
     spare = shared.spare()
     spare.apply(whole(settings, 1))
-    shared.take(record(1), spare, 0)
+    shared.take(record(1), spare)
     changes = [whole(settings, each) if each % 10 == 9 else change(settings, each) for each in range(VERSIONS)]
     draw, last, finished, forwards = random.Random(1), 1, 0, True
     for kill in range(KILLS):

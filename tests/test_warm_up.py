@@ -52,10 +52,10 @@ for start in range(40):
         continue
     if not start:
         scorer = Scorer(settings, CatalogMirror(Catalog(connect(settings), settings)), cpu)
-        scorer.load(VersionRecord(version=1), learner.write_all()[0], 0)
+        scorer.load(VersionRecord(version=1), learner.write_all()[0])
     elif start % 10 == 0:
         delta, _ = learner.write(learner.take_changed(), learner.table.rows)
-        scorer.apply(VersionRecord(version=1 + start // 10), delta, 0)
+        scorer.apply(VersionRecord(version=1 + start // 10), delta)
     asked = [HistoryEntry(item_id=each, feedback_class="click", time_ms=1) for each in items[:start]]
     scorer.answer([Query(history=asked)] * (1 + start) + [Query(history=asked, candidates=items)])
 print("\\n".join(sorted(compiled() - warm)))

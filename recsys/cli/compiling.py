@@ -26,5 +26,5 @@ def compile_loops(settings: Settings) -> None:
             mirror = CatalogMirror(Catalog(client, chosen))
             scorer = Scorer(chosen, mirror, device)
             scorer.on_warm_up = RecommendResponses(mirror, chosen.max_id_bytes).of
-            scorer.load(VersionRecord(version=1), replica.write_all(), 0)
+            scorer.load(VersionRecord(version=1), replica.write_all())
             scorer.warm_up()

@@ -43,28 +43,53 @@ class Items:
 
     @classmethod
     def of(cls, table: ItemTable, partitioned_from: float = math.inf) -> Items:
-        """Compute everything from a table, with partitions where it has so many rows."""
-        vectors_ID = table.column("vector")
+        """Compute everything from a table, with partitions where it has so many rows.
+
+        Rows may be changed meanwhile and new ones given, if all of them are told to `moved` then.
+        """
+        rows = table.rows
+        vectors_ID = table.columns["vector"][:rows]
         if not looked_at_roughly(table.device):
             standing_IS = table.standing()
             means = vectors_ID[1:].mean(0), standing_IS[1:].mean(0)
             return cls(vectors_ID, standing_IS, *means, None, np.zeros(0), None, math.inf)
-        standing = Standing.of(_arrays(table), table.rows, table.clock)
-        partitions, vectors = _packed(vectors_ID.numpy(), standing.rows_IS, table.rows, partitioned_from)
+        standing = Standing.of(_arrays(table), rows, table.clock)
+        partitions, vectors = _packed(vectors_ID.numpy(), standing.rows_IS, rows, partitioned_from)
         sum_D = vectors_ID.sum(0).double().numpy()
         rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
-        return _items(table, sum_D, standing, vectors, rough_standing, partitions, partitioned_from)
+        return _items(vectors_ID, sum_D, standing, vectors, rough_standing, partitions, partitioned_from)
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows."""
+        return len(self.standing_IS)
+
+    def lack_partitions(self, partitioned_from: float) -> bool:
+        """Tell whether rows lie in their order although there are so many."""
+        return self.rough is not None and self.partitions is None and self.rows >= partitioned_from
 
     def moved(self, table: ItemTable, changed_R: NDArray[np.int64]) -> Items:
-        """Return the items of a table in which these rows have changed since; what was held is good for no more."""
-        if self.rough is None or self.partitions or not self.rough[0].fits(table.rows):
+        """Return the items of a table in which these rows, ascending, have changed since, or are new.
+
+        What was held is good for no more.
+        """
+        rows, partitions = table.rows, self.partitions
+        fit = self.rough is not None and self.rough[0].fits(rows)
+        if not fit or (partitions and not partitions.fit(rows, len(changed_R))):
             return Items.of(table, self.partitioned_from)
+        assert self.rough is not None
         vectors_ID, vectors = table.column("vector"), self.rough[0]
-        vectors.write(vectors_ID.numpy(), changed_R)
-        standing = Standing.of(_arrays(table), table.rows, table.clock)
+        standing, to_R = Standing.of(_arrays(table), rows, table.clock), np.empty(0, np.int32)
+        if partitions:
+            # The numbers that the rows had are gone; what is known of them roughly is near enough for means.
+            before_KD = vectors.read(changed_R[changed_R < self.rows], partitions.places)
+            partitions, to_R = partitions.after(before_KD, changed_R, vectors_ID.numpy()[changed_R], standing.rows_IS)
+        rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
         sum_D = vectors_ID.sum(0).double().numpy()
-        rough_standing = Rough.of(standing.rows_IS, centred=True)
-        return _items(table, sum_D, standing, vectors, rough_standing, None, self.partitioned_from)
+        ahead = Ahead(
+            *(changed_R, sum_D, standing, rough_standing, vectors, partitions, to_R, self.partitioned_from),
+        )
+        return ahead.land(table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +114,25 @@ class Ahead:
         """
         if items.rough is None or payload.whole or payload.kept_rows:
             return None
-        rows = max([table.rows, *(int(row) + 1 for row in NewItems.of(payload.new_items).rows[-1:])])
+        known = table.rows
+        rows = max([known, *(int(row) + 1 for row in NewItems.of(payload.new_items).rows[-1:])])
         changed_R = np.asarray(payload.rows, np.int64)
         # Copies: what may not be written to is of another kind to the compiler, which would begin anew.
         columns = {name: np.array(payload.columns[name]) for name in ("vector", *COLUMNS)}
         standing = Standing.of(
-            _arrays(table), rows, int(payload.dense[CLOCK][0]), Changed(changed_R, columns), known=table.rows
+            _arrays(table), rows, int(payload.dense[CLOCK][0]), Changed(changed_R, columns), known=known
         )
-        before_ID = table.column("vector").numpy()
-        known_R = changed_R[changed_R < table.rows]
-        moved_D = columns["vector"].sum(0, dtype=np.float64) - before_ID[known_R].sum(0, dtype=np.float64)
+        before_ID = table.columns["vector"][:known].numpy()
+        before_KD = before_ID[changed_R[changed_R < known]]
+        moved_D = columns["vector"].sum(0, dtype=np.float64) - before_KD.sum(0, dtype=np.float64)
         vectors, partitions, to_R = items.rough[0], items.partitions, np.empty(0, np.int32)
         parted = rows >= items.partitioned_from
         if not vectors.fits(rows) or (not partitions or not partitions.fit(rows, len(changed_R)) if parted else False):
-            partitions, vectors = _packed(before_ID, standing.rows_IS[: table.rows], rows, items.partitioned_from)
+            partitions, vectors = _packed(before_ID, standing.rows_IS[:known], rows, items.partitioned_from)
         if partitions:
             if not partitions.fit(rows, len(changed_R)):
                 return None
-            partitions, to_R = partitions.after(before_ID, changed_R, columns["vector"], standing.rows_IS)
+            partitions, to_R = partitions.after(before_KD, changed_R, columns["vector"], standing.rows_IS)
         rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
         sum_D = items.sum_D + moved_D
         return cls(changed_R, sum_D, standing, rough_standing, vectors, partitions, to_R, items.partitioned_from)
@@ -120,7 +146,7 @@ class Ahead:
             self.rough_standing.write(self.standing.rows_IS, self.changed_R, places)
         self.vectors.write(table.column("vector").numpy(), self.changed_R, places)
         return _items(
-            *(table, self.sum_D, self.standing, self.vectors, self.rough_standing),
+            *(table.column("vector"), self.sum_D, self.standing, self.vectors, self.rough_standing),
             *(self.partitions, self.partitioned_from),
         )
 
@@ -146,7 +172,7 @@ def _packed(
 
 
 def _items(
-    table: ItemTable,
+    vectors_ID: Tensor,
     sum_D: NDArray[np.float64],
     standing: Standing,
     vectors: Rough,
@@ -155,9 +181,9 @@ def _items(
     partitioned_from: float,
 ) -> Items:
     return Items(
-        table.column("vector"),
+        vectors_ID,
         torch.from_numpy(standing.rows_IS),
-        torch.from_numpy((sum_D / max(1, table.rows - 1)).astype(np.float32)),
+        torch.from_numpy((sum_D / max(1, len(vectors_ID) - 1)).astype(np.float32)),
         torch.from_numpy(standing.mean_S),
         (vectors, rough_standing),
         sum_D,

@@ -73,18 +73,19 @@ class Partitions:
         return cls(centres, scale_V, reach, places, sums_2LD, *described, 0)
 
     def after(
-        self, before_ID: Floats, changed_R: Longs, vectors_RD: Floats, standing_IS: Floats
+        self, before_KD: Floats, changed_R: Longs, vectors_RD: Floats, standing_IS: Floats
     ) -> tuple[Partitions, Integers]:
-        """Return what they are once these rows have these vectors and all rows these standings.
+        """Return what they are once these rows, ascending, have these vectors and all rows these standings.
 
-        With it comes the partition of each row that changed, where `places` moves it then.
+        The first K of the rows had other vectors before, the rest are new. With it comes the partition of each row that
+        changed, where `places` moves it then.
         """
         to_R = _nearest(self.centres, self.reach, vectors_RD, standing_IS[changed_R], self.scale_V)
         partition_I = self.places.partition_I[: len(standing_IS)].copy()
-        known_K = changed_R[changed_R < len(before_ID)]
+        known_K = changed_R[: len(before_KD)]
         moved = len(changed_R) - int((partition_I[known_K] == to_R[: len(known_K)]).sum())
         sums_2LD = self.sums_2LD.copy()
-        _add(sums_2LD, before_ID, known_K, partition_I[known_K], -1.0)
+        _add(sums_2LD, before_KD, np.arange(len(known_K)), partition_I[known_K], -1.0)
         _add(sums_2LD, vectors_RD, np.arange(len(changed_R)), to_R, 1.0)
         partition_I[changed_R] = to_R
         mean_LV, variance_LV = _describe(sums_2LD, standing_IS, partition_I)

@@ -75,6 +75,15 @@ class Rough:
         self.lost, self.longest = max(self.lost, lost), max(self.longest, longest)
         self.widest = max(self.widest, widest)
 
+    def read(self, which_R: NDArray[np.int64], places: Places | None = None) -> Floats:
+        """Return some rows, as far as they are known: (R, D)."""
+        at_R = places.place_I[which_R].astype(np.int64) if places else which_R
+        block_R, lane_R = at_R[:, None] // ROWS, at_R[:, None] % ROWS
+        column_D = np.arange(len(self.scale_D))
+        whole_RD = self.blocks_GP[block_R, column_D // QUAD * QUAD_BYTES + QUAD * lane_R + column_D % QUAD]
+        found_RD: Floats = self.centre_D + self.scale_D * (whole_RD.astype(np.float32) - np.float32(ZERO))
+        return found_RD
+
     def fits(self, rows: int) -> bool:
         """Tell whether so many rows have room, and those written singly have not made it much worse."""
         return rows <= len(self.blocks_GP) * ROWS and self.lost <= self.allowed

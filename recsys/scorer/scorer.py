@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from recsys.beside import Beside
 from recsys.catalog import CatalogMirror
 from recsys.errors import NotReady
+from recsys.item_table import ItemTable
 from recsys.scorer.items import Ahead, Items, looked_at_roughly, partitioned_from
 from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
@@ -24,7 +28,7 @@ from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import WeightPayload
 from recsys.weights.replica import Ready, Replica
-from recsys.weights.shared import Point, SharedWeights
+from recsys.weights.shared import Foretold, Point, SharedWeights
 
 # Batch sizes scored once before the first request is let in.
 WARM_UP_SIZES = (1, 8, 32)
@@ -41,13 +45,16 @@ class Scorer:
         self, settings: Settings, mirror: CatalogMirror, device: torch.device, shared: SharedWeights | None = None
     ) -> None:
         self._settings = settings
+        self._partitioned_from = partitioned_from(settings.retrieval)
         self._mirror = mirror
         self.device = device
         self._lock = threading.Lock()
         self._replica: Replica | None = None
         self._shared = shared
         self._shared_number = 0
-        self._shared_point = Point(0, 0, 0)
+        self._shared_point = Point(0, 0, 0, 0)
+        # What was computed of a version before it was put in place, with the number of what foretold it.
+        self._foreseen: tuple[int, Ahead] | None = None
         self._record = VersionRecord()
         # Why a newer version that there is cannot be served; empty where all is well.
         self.problem = ""
@@ -90,6 +97,59 @@ class Scorer:
             with self._held():
                 pass
 
+    def called(self) -> bool:
+        """Tell, without waiting, whether a version waits for this process to `prepare`."""
+        return self._shared is not None and self._shared.calls()
+
+    def prepare(self) -> None:
+        """Compute, beside the answers, what has to be computed of all items: of a version to come, and partitions.
+
+        For processes that share weights: from now on versions wait a moment for this one. Whoever follows them calls it
+        again whenever it is `called`.
+        """
+        if self._shared is None:
+            return
+        self._shared.listen()
+        self._foresee(self._shared)
+        if self._items is not None and self._items.lack_partitions(self._partitioned_from):
+            # That takes seconds.
+            self._shared.deaf()
+            self._part(self._shared)
+            self._shared.listen()
+
+    def leave(self) -> None:
+        """Keep no version waiting until this process prepares again."""
+        if self._shared is not None:
+            self._shared.deaf()
+
+    def _foresee(self, shared: SharedWeights) -> None:
+        """Compute what can be had of a version that waits for this process, and let it come."""
+        if (foretold := shared.foretold()) is None:
+            return
+        try:
+            with self._held():
+                items, point, replica = self._items, self._shared_point, self._replica
+            if items is None or replica is None or point.number != foretold.before:
+                return
+            ahead = self.beside(_ahead, items, replica, foretold)
+            with self._lock:
+                # Otherwise what it was computed from may have changed under it.
+                if ahead is not None and shared.number() == foretold.before and not shared.changing():
+                    self._foreseen = foretold.number, ahead
+        finally:
+            shared.heard(foretold.number)
+
+    def _part(self, shared: SharedWeights) -> None:
+        """Find partitions, while versions go on; what they change is moved afterwards."""
+        with self._held():
+            point, replica = self._shared_point, self._replica
+        assert replica is not None
+        items = self.beside(_parted, replica.table)
+        with self._held():
+            changed_R = shared.changes(point)
+            if changed_R is not None and self._replica is replica:
+                self._install(self._record, self._status.applied_ms, items.moved(replica.table, changed_R))
+
     @contextmanager
     def _held(self) -> Iterator[None]:
         """Keep what is held from changing."""
@@ -105,21 +165,26 @@ class Scorer:
                 yield
 
     def _follow(self, shared: SharedWeights) -> None:
-        """Take the version in force; of one that followed those that were seen only the changed rows are looked at."""
+        """Take the version in force: what was foreseen of it, or else the rows that changed since the one seen last."""
         self._replica = shared.replica
         assert self._replica is not None
-        table, items, changed_R = self._replica.table, self._items, shared.changes(self._shared_point)
-        items = items.moved(table, changed_R) if items and changed_R is not None else Items.of(table)
+        table, items, point = self._replica.table, self._items, shared.point()
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen and foreseen[0] == point.foretold:
+            items = foreseen[1].land(table)
+        else:
+            changed_R = shared.changes(self._shared_point)
+            items = items.moved(table, changed_R) if items and changed_R is not None else Items.of(table)
         self._install(shared.record, shared.applied_ms, items)
-        self._shared_point = shared.point()
+        self._shared_point = point
 
-    def load(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
+    def load(self, record: VersionRecord, payload: WeightPayload) -> None:
         """Take a whole version in place of whatever is held; the one before answers until then.
 
         Raises:
             CorruptWeights: when the payload does not fit the settings; nothing was changed then.
         """
-        self.take(record, self.replica_of(payload), applied_ms)
+        self.take(record, self.replica_of(payload))
 
     def replica_of(self, payload: WeightPayload) -> Replica:
         """Make a replica of a whole version, to be moved further by its caller and then taken.
@@ -139,26 +204,26 @@ class Scorer:
         replica.network.eval()
         return replica
 
-    def take(self, record: VersionRecord, replica: Replica, applied_ms: int) -> None:
+    def take(self, record: VersionRecord, replica: Replica) -> None:
         """Take a replica of `record`'s version in place of whatever is held; the one before answers until then."""
         if self._shared is not None:
-            self._shared.take(record, replica, applied_ms)
+            self._shared.take(record, replica)
             self.refresh()
             return
         # Beside the answers of the one before.
         items = self._items_of(replica)
         with self._lock:
             self._replica = replica
-            self._install(record, applied_ms, items)
+            self._install(record, _now_ms(), items)
 
-    def apply(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
+    def apply(self, record: VersionRecord, payload: WeightPayload) -> None:
         """Move from the version held to the next one.
 
         Raises:
             CorruptWeights: when the payload does not fit; nothing was changed then.
         """
         if self._shared is not None:
-            self._shared.apply(record, payload, applied_ms)
+            self._shared.apply(record, payload, partial(self._foresee, self._shared))
             self.refresh()
             return
         replica = self._replica
@@ -169,15 +234,15 @@ class Scorer:
         with self._lock:
             replica.put(payload, next_.ready)
             items = next_.ahead.land(replica.table) if next_.ahead else self._items_of(replica)
-            self._install(record, applied_ms, items, next_.layers)
+            self._install(record, _now_ms(), items, next_.layers)
 
     @torch.inference_mode()
     def _items_of(self, replica: Replica) -> Items:
-        return Items.of(replica.table, partitioned_from(self._settings.retrieval))
+        return Items.of(replica.table, self._partitioned_from)
 
     @torch.inference_mode()
     def _install(self, record: VersionRecord, applied_ms: int, items: Items, layers: Layers | None = None) -> None:
-        """Put a version in place."""
+        """Put a version in place, which it came to be at `applied_ms`."""
         assert self._replica is not None
         self._items = items
         self._served = Served(self._settings, self._mirror, self._replica, items, self._retrieval, layers)
@@ -256,6 +321,17 @@ def _next(items: Items, replica: Replica, payload: WeightPayload) -> _Next:
     # Only now: a tensor made in this mode cannot be written to outside it, and the network's will be.
     with torch.inference_mode():
         return _Next(Ahead.of(items, replica.table, payload), ready, Layers(ready.network))
+
+
+@torch.inference_mode()
+def _ahead(items: Items, replica: Replica, foretold: Foretold) -> Ahead | None:
+    return Ahead.of(items, replica.table, foretold.payload())
+
+
+@torch.inference_mode()
+def _parted(table: ItemTable) -> Items:
+    """Return items in partitions; those that come of them are computed in the way of answers, and find no new ones."""
+    return replace(Items.of(table, 1), partitioned_from=math.inf)
 
 
 def _now_ms() -> int:

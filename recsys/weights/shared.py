@@ -3,6 +3,8 @@
 The copy lies in memory that has no name: the kernel frees it when the last process has gone, however it went. Answers
 are computed under a lock that many may hold; a version is put in place under one that nobody else holds, behind a
 journal, so that whoever comes next finishes what a killed process began. The kernel lets go of a dead process's locks.
+The journal is written first, and tells the others what comes, so that they can compute what they need of it while they
+still answer from the version before.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import mmap
 import os
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +31,7 @@ from recsys.packed_ids import PackedIds
 from recsys.settings import Settings
 from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights.payload import NewItems, WeightPayload, decode, encode
+from recsys.weights.rendezvous import Rendezvous
 from recsys.weights.replica import SERVED_COLUMNS, Replica, items_of
 from recsys.weights.turnstile import Turnstile
 
@@ -41,18 +45,24 @@ _HEADER, _RECORDS, _JOURNAL, _AREAS = 0, 1, 3, 4
 _DENSE, _GIVEN_ROWS, _ID_ENDS, _ID_BYTES, _CHANGED_BY, _COLUMNS = 0, 1, 2, 3, 4, 5
 _WINDOWS_PER_AREA = _COLUMNS + len(SERVED_COLUMNS)
 _WINDOWS = _AREAS + 2 * _WINDOWS_PER_AREA
-# In the header: the number of the state in force, that of the one that was begun, and two places for states.
-_CURRENT, _BEGUN, _STATES = 0, 1, 64
-_STATE = struct.Struct("<7q")
+# In the header: the number of the state in force, that of the one that was begun, those of the journal that is written
+# next, or is being written, and of the one that was, and two places for states.
+_CURRENT, _BEGUN, _FORETELLING, _FORETOLD, _STATES = 0, 1, 2, 3, 128
+_STATE = struct.Struct("<8q")
 _JOURNAL_START = struct.Struct("<3q")
+# How long a version waits for processes that compute what they need of it. One that was not ready by then is waited for
+# the shorter time until it is: it may stand still.
+READY_SECONDS = 1.0
+LATE_SECONDS = 0.02
 # Rows that may have been given before the list of them is written anew, as it is once they are twice those in use.
 LEAST_GIVEN = 1 << 16
 # How dense tensors are aligned.
 _ALIGNMENT = 64
 # fallocate(2): give pages back, keep the size.
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
-# The memory, the lock of answers against changes, the turnstile in front of it, and the lock of who follows the store.
-_FILES = ("memory", "answers", "turnstile", "follower")
+# The memory, the lock of answers against changes, the turnstile in front of it, the lock of who follows the store, and
+# those of who waits to be told of even and of odd journals.
+_FILES = ("memory", "answers", "turnstile", "follower", "even", "odd")
 
 
 def create() -> tuple[int, ...]:
@@ -72,7 +82,8 @@ def create() -> tuple[int, ...]:
 class _State:
     """Say what is in force.
 
-    An area, how often rows were cut off, its table's rows, those given in all, its clock, the record's size.
+    An area, how often rows were cut off, its table's rows, those given in all, its clock, the record's size, and the
+    journal it came out of, 0 where there was none.
     """
 
     area: int
@@ -82,14 +93,33 @@ class _State:
     clock: int
     applied_ms: int
     record_bytes: int
+    foretold: int
 
 
 class Point(NamedTuple):
-    """Say how far a process has followed: the number of a state, its area and cuts."""
+    """Say how far a process has followed: the number of a state, its area and cuts, and what foretold it."""
 
     number: int
     area: int
     cuts: int
+    foretold: int
+
+
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """Tell of a change before it is made: the number of its journal, and of the state that it changes."""
+
+    number: int
+    before: int
+    packed: bytes
+
+    def payload(self) -> WeightPayload:
+        """Return what changes.
+
+        Raises:
+            CorruptWeights: when it cannot be read.
+        """
+        return decode(self.packed)
 
 
 class SharedWeights:
@@ -102,19 +132,24 @@ class SharedWeights:
         self._settings = settings
         # One turnstile for answers and one for changes: a lock that the same descriptor takes again turns into the
         # other kind.
-        memory, answers, turnstile, follower = (f"/proc/self/fd/{number}" for number in descriptors)
+        memory, answers, turnstile, follower, even, odd = (f"/proc/self/fd/{number}" for number in descriptors)
         self._memory = os.open(memory, os.O_RDWR | os.O_CLOEXEC)
         self._reading = Turnstile(answers, turnstile)
         self._writing = Turnstile(answers, turnstile)
         self._follower = os.open(follower, os.O_RDWR | os.O_CLOEXEC)
+        self._rendezvous = Rendezvous(even, odd)
+        # The journal that this process heard of last, None while it does not listen.
+        self._heard: int | None = None
+        # How many changes are still waited for less long. Who stands still is seen at every other.
+        self._late = 0
         self._header = self._map(_HEADER, mmap.PAGESIZE)
         self._numbers = memoryview(self._header).cast("q")
         self._seen = 0
         self.replica: Replica | None = None
         self.record = VersionRecord()
         self.applied_ms = 0
-        # The area of `replica`, and the cuts and given rows that it has seen.
-        self._area = self._cuts = self._given = 0
+        # The area of `replica`, the cuts and given rows that it has seen, and the journal that it came out of.
+        self._area = self._cuts = self._given = self._foretold = 0
 
     @contextmanager
     def reading(self) -> Iterator[int]:
@@ -143,7 +178,7 @@ class SharedWeights:
 
     def point(self) -> Point:
         """Return where the version in force stands; while `reading`."""
-        return Point(self._seen, self._area, self._cuts)
+        return Point(self._seen, self._area, self._cuts, self._foretold)
 
     def changes(self, since: Point) -> NDArray[np.int64] | None:
         """Return the rows that changed since an earlier point, ascending, None where all may have; while `reading`."""
@@ -151,6 +186,41 @@ class SharedWeights:
         if (since.area, since.cuts) != (self._area, self._cuts) or not since.number:
             return None
         return np.flatnonzero(self._changed_by(self._area, self.replica.table.rows) > since.number)
+
+    def foretold(self) -> Foretold | None:
+        """Return what is about to change; None where nothing is, or it was heard, or nobody listens here.
+
+        The change waits for those who `listen`, READY_SECONDS at most, until what it foretold was `heard`.
+        """
+        if not self.calls():
+            return None
+        number = self._numbers[_FORETOLD]
+        before = self.number()
+        foretold, _, packed = self._journal()
+        if foretold == number == self._numbers[_FORETELLING] and self.number() == before:
+            return Foretold(number, before, packed)
+        # It came without this process, or another is being written.
+        self.heard(number)
+        return None
+
+    def calls(self) -> bool:
+        """Tell, without waiting, whether something was foretold that was not `heard` here."""
+        return self._heard is not None and self._numbers[_FORETOLD] != self._heard
+
+    def listen(self) -> None:
+        """Keep each change waiting, from the next one on, until it was `heard` here; only one thread may listen."""
+        if self._heard is None:
+            self.heard(self._numbers[_FORETOLD])
+
+    def heard(self, number: int) -> None:
+        """Keep the change that this journal foretold waiting no longer; the next one waits."""
+        self._heard = number
+        self._rendezvous.attend(number + 1)
+
+    def deaf(self) -> None:
+        """Keep no change waiting."""
+        self._heard = None
+        self._rendezvous.leave()
 
     def leads(self) -> bool:
         """Return whether this process is the one that follows the store, trying to become it if there is none."""
@@ -166,19 +236,26 @@ class SharedWeights:
         self._punch(area)
         return self._replica_in(area)
 
-    def take(self, record: VersionRecord, replica: Replica, applied_ms: int) -> None:
+    def take(self, record: VersionRecord, replica: Replica) -> None:
         """Put the spare replica in place of whatever is held; answers wait for no longer than it takes to say so."""
         state = self._state() if self.number() else None
         area = 1 - state.area if state else 0
         given = self._give(area, items_of(replica.table), 0)
         with self._writing.exclusive():
-            self._commit(area, state.cuts + 1 if state else 0, given, replica, record, applied_ms)
-            self._adopt(area, replica, record, applied_ms)
+            self._commit(area, state.cuts + 1 if state else 0, given, replica, record)
+            self._adopt(area, replica, record)
         if state:
             self._punch(state.area)
 
-    def apply(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
+    def apply(
+        self,
+        record: VersionRecord,
+        payload: WeightPayload,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
         """Move everyone to the next version; only for the process that leads.
+
+        `prepare` is called once the others know what comes, while they prepare themselves.
 
         Raises:
             CorruptWeights: when the payload does not fit; nothing was changed then.
@@ -187,45 +264,62 @@ class SharedWeights:
             assert self.replica is not None
             self.replica.check(payload)
         if payload.whole:
-            self._take_whole(record, payload, applied_ms)
+            self._take_whole(record, payload)
             return
-        packed_record, packed = record.SerializeToString(), encode(payload)
-        start = _JOURNAL_START.pack(applied_ms, len(packed_record), len(packed))
-        journal = self._map(_JOURNAL, len(start) + len(packed_record) + len(packed))
-        journal[:] = start + packed_record + packed
+        foretold = self._foretell(record, payload)
+        prepare()
+        ready = self._rendezvous.wait(foretold, LATE_SECONDS if self._late else READY_SECONDS)
+        self._late = max(0, self._late - 1) if ready else 2
         with self._writing.exclusive():
             self._numbers[_BEGUN] = self.number() + 1
-            self._redo(record, payload, applied_ms)
+            self._redo(record, payload, foretold)
+        # Whoever has not read it yet need not.
+        self._numbers[_FORETELLING] = foretold + 1
         if self._given > 2 * self.replica.table.rows + LEAST_GIVEN:
-            self._take_whole(record, self.replica.write_all(), applied_ms)
+            self._take_whole(record, self.replica.write_all())
 
-    def _take_whole(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
+    def _foretell(self, record: VersionRecord, payload: WeightPayload) -> int:
+        """Write the journal of a change; return its number."""
+        foretold = self._numbers[_FORETOLD] + 1
+        packed_record, packed = record.SerializeToString(), encode(payload)
+        start = _JOURNAL_START.pack(foretold, len(packed_record), len(packed))
+        self._numbers[_FORETELLING] = foretold
+        journal = self._map(_JOURNAL, len(start) + len(packed_record) + len(packed))
+        journal[:] = start + packed_record + packed
+        self._numbers[_FORETOLD] = foretold
+        return foretold
+
+    def _journal(self) -> tuple[int, bytes, bytes]:
+        """Read the journal's number, the record and the payload."""
+        foretold, *sizes = _JOURNAL_START.unpack(self._map(_JOURNAL, _JOURNAL_START.size)[:])
+        journal = self._map(_JOURNAL, _JOURNAL_START.size + sum(sizes))
+        start = _JOURNAL_START.size + sizes[0]
+        return foretold, journal[_JOURNAL_START.size : start], journal[start:]
+
+    def _take_whole(self, record: VersionRecord, payload: WeightPayload) -> None:
         replica = self.spare()
         replica.apply(payload)
-        self.take(record, replica, applied_ms)
+        self.take(record, replica)
 
     def close(self) -> None:
         """Let go of locks and memory."""
         for descriptor in (self._memory, self._follower):
             os.close(descriptor)
-        self._reading.close()
-        self._writing.close()
+        for each in (self._reading, self._writing, self._rendezvous):
+            each.close()
 
     def _finish(self) -> None:
         """Finish what a process that died had begun."""
         with self._writing.exclusive(), torch.inference_mode(mode=False):
             if self.changing():
-                applied_ms, *sizes = _JOURNAL_START.unpack(self._map(_JOURNAL, _JOURNAL_START.size)[:])
-                journal = self._map(_JOURNAL, _JOURNAL_START.size + sum(sizes))
-                start = _JOURNAL_START.size + sizes[0]
-                record = VersionRecord.FromString(journal[_JOURNAL_START.size : start])
-                payload = decode(journal[start:])
+                foretold, packed_record, packed = self._journal()
+                record, payload = VersionRecord.FromString(packed_record), decode(packed)
                 # What this process holds for itself may be half-way too. Of the rows only those that stay are sure.
                 self.replica, self._seen = None, 0
                 self._refresh(payload.kept_rows)
-                self._redo(record, payload, applied_ms)
+                self._redo(record, payload, foretold)
 
-    def _redo(self, record: VersionRecord, payload: WeightPayload, applied_ms: int) -> None:
+    def _redo(self, record: VersionRecord, payload: WeightPayload, foretold: int) -> None:
         """Write all that a version changes, from the state in force; to write it again changes nothing."""
         replica, state = self.replica, self._state()
         assert replica is not None
@@ -236,25 +330,27 @@ class SharedWeights:
         replica.put(payload)
         self._changed_by(state.area, replica.table.rows)[payload.rows] = self.number() + 1
         given = self._give(state.area, NewItems.of(payload.new_items), state.given)
-        self._commit(state.area, state.cuts + (kept < state.rows), given, replica, record, applied_ms)
-        self._adopt(state.area, replica, record, applied_ms)
+        self._commit(state.area, state.cuts + (kept < state.rows), given, replica, record, foretold)
+        self._adopt(state.area, replica, record)
 
     def _commit(
-        self, area: int, cuts: int, given: int, replica: Replica, record: VersionRecord, applied_ms: int
+        self, area: int, cuts: int, given: int, replica: Replica, record: VersionRecord, foretold: int = 0
     ) -> None:
         number = self.number() + 1
         packed = record.SerializeToString()
         self._map(_RECORDS + number % 2, len(packed))[:] = packed
-        state = _STATE.pack(area, cuts, replica.table.rows, given, replica.table.clock, applied_ms, len(packed))
+        table, now_ms = replica.table, time.time_ns() // 1_000_000
+        state = _STATE.pack(area, cuts, table.rows, given, table.clock, now_ms, len(packed), foretold)
         place = _STATES * (1 + number % 2)
         self._header[place : place + len(state)] = state
         # One aligned word: either all of it is in force or nothing.
         self._numbers[_CURRENT] = number
 
-    def _adopt(self, area: int, replica: Replica, record: VersionRecord, applied_ms: int) -> None:
-        self.replica, self.record, self.applied_ms = replica, record, applied_ms
+    def _adopt(self, area: int, replica: Replica, record: VersionRecord) -> None:
         state = self._state()
+        self.replica, self.record, self.applied_ms = replica, record, state.applied_ms
         self._seen, self._area, self._cuts, self._given = self.number(), area, state.cuts, state.given
+        self._foretold = state.foretold
 
     def _refresh(self, kept: int = 0) -> None:
         """Bring what this process holds for itself up to the state in force; with `kept`, no row from there on."""
@@ -268,7 +364,7 @@ class SharedWeights:
         replica.table.assign(items.rows, items.ids)
         replica.table.clock = state.clock
         record = VersionRecord.FromString(self._map(_RECORDS + self.number() % 2, state.record_bytes)[:])
-        self._adopt(state.area, replica, record, state.applied_ms)
+        self._adopt(state.area, replica, record)
 
     def _state(self) -> _State:
         place = _STATES * (1 + self.number() % 2)
