@@ -175,12 +175,18 @@ def test_a_change_is_told_before_it_is_made(
         assert check(second, small) == version
         with second.reading():
             assert second.point().foretold == told[-1] == told[-2] == version - 1
+    # No row need change.
+    made = replace(Replica(small, CPU).write(torch.empty(0, dtype=torch.int64), []), whole=False)
+    version = 16
+    first.apply(record(version), made, prepare)
+    with second.reading() as number:
+        assert second.changes(second.point()._replace(number=number - 1)) is not None
     # A whole version is told to nobody.
     first.apply(record(16), whole(small, 16), prepare)
     assert check(second, small) == 16
     with second.reading():
         assert second.point().foretold == 0
-    assert len(told) == 2 * 14
+    assert len(told) == 2 * 15
     for each in (first, second):
         each.close()
 

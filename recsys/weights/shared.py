@@ -279,8 +279,11 @@ class SharedWeights:
             self._take_whole(record, self.replica.write_all())
 
     def _foretell(self, record: VersionRecord, payload: WeightPayload) -> int:
-        """Write the journal of a change; return its number."""
+        """Write which rows a change will change, and its journal; return the journal's number."""
         foretold = self._numbers[_FORETOLD] + 1
+        # Who is told of a change too early looks at a row in vain.
+        rows = int(payload.rows[-1]) + 1 if len(payload.rows) else 1
+        self._changed_by(self._area, rows)[payload.rows] = self.number() + 1
         packed_record, packed = record.SerializeToString(), encode(payload)
         start = _JOURNAL_START.pack(foretold, len(packed_record), len(packed))
         self._numbers[_FORETELLING] = foretold
@@ -328,7 +331,6 @@ class SharedWeights:
         for name in SERVED_COLUMNS:
             replica.table.columns[name][kept : state.rows] = 0
         replica.put(payload)
-        self._changed_by(state.area, replica.table.rows)[payload.rows] = self.number() + 1
         given = self._give(state.area, NewItems.of(payload.new_items), state.given)
         self._commit(state.area, state.cuts + (kept < state.rows), given, replica, record, foretold)
         self._adopt(state.area, replica, record)
