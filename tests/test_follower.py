@@ -41,7 +41,7 @@ from recsys.store.v1.weights_pb2 import VersionRecord
 from recsys.weights import WeightStore
 from recsys.weights.repair import repair
 
-SECONDS = 8
+SECONDS = 60
 QUERIES = (
     Query(()),
     Query((HistoryEntry(item_id="item-3", feedback_class="click", time_ms=START_MS),), count=100),

@@ -243,7 +243,7 @@ def test_a_connection_with_a_call_is_not_idle(fronted: Settings, pki: Path) -> N
 
 
 def test_who_shows_nothing_is_disconnected(fronted: Settings, pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passage, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(passage, "HANDSHAKE_SECONDS", 2.0)
     with serve(fronted) as running:
         for said in (b"", PREFACE[:24], PREFACE[:30]):
             with connected(running, pki) as connection:
@@ -252,7 +252,7 @@ def test_who_shows_nothing_is_disconnected(fronted: Settings, pki: Path, monkeyp
                     pass
         with connected(running, pki) as connection:
             connection.sendall(PREFACE)
-            time.sleep(1.0)
+            time.sleep(2.5)
             connection.sendall(frame(1, 5, 1, call_to("/none")))
             assert any(kind == 1 for kind, _ in frames(connection))
 

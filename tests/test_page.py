@@ -257,7 +257,7 @@ def test_a_token_is_not_taken_from_a_network(settings: Settings, tmp_path: Path)
 
 def test_a_store_that_hangs_holds_up_no_answer(tmp_path: Path) -> None:
     with OwnStore(tmp_path / "store") as own:
-        given = {"redis_url": own.url, "port": 0, "metrics_port": 0, "store_timeout_seconds": 2.0}
+        given = {"redis_url": own.url, "port": 0, "metrics_port": 0, "store_timeout_seconds": 6.0}
         with serve(load(given, environment={})) as running:
             commit_versions(running, 2)
             assert looked(running)["store"]["reachable"]
@@ -275,7 +275,7 @@ def test_a_store_that_hangs_holds_up_no_answer(tmp_path: Path) -> None:
             finally:
                 own.thaw()
             # Well below what any question to the store took.
-            assert slowest < 1.5
+            assert slowest < 5.0
             assert seen["condition"]["healthy"]["sentence"] == "the store does not answer"
             # What it last said stays.
             assert seen["learning"]["newest_version"] == 2
