@@ -85,7 +85,7 @@ def measure(learner: Learner, histories: Any, rounds: int, *, random: bool) -> d
         started = time.thread_time()
         exact = Items.of(table)
         packed = time.thread_time()
-        parted = Items.of(table, 1)
+        parted = Items.of(table, parted=True)
         build = time.thread_time() - packed, packed - started
         mask = torch.zeros(table.rows, dtype=torch.bool)
         mask[PADDING_ROW] = True

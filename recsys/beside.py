@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -35,7 +35,11 @@ class Beside:
 
     def __call__(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """Return what `function` returns there, or raise what it raises."""
-        return self._pool.submit(function, *arguments, **named).result()
+        return self.begin(function, *arguments, **named).result()
+
+    def begin(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Future[Result]:
+        """Return what will have what `function` returns or raises, once what was begun before is done."""
+        return self._pool.submit(function, *arguments, **named)
 
 
 def _give_way() -> None:

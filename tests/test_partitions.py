@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_who_looks_everywhere_finds_what_a_full_look_does(
     monkeypatch.setattr(search, "SPREADS", EVERYWHERE)
     table = made_up(items, items + users, different)
     asked = Asked(table, users, keep)
-    exact, parted = (asked.ask(Items.of(table, since), table, keep) for since in (np.inf, 1))
+    exact, parted = (asked.ask(Items.of(table, parted=each), table, keep) for each in (False, True))
     assert torch.equal(exact.rows_BK, parted.rows_BK)
     assert torch.equal(exact.scores_BK, parted.scores_BK)
 
@@ -82,7 +84,7 @@ def test_hardly_any_of_the_best_is_missed_and_few_partitions_are_looked_at() -> 
     users, keep = 16, 50
     asked = Asked(table, users, 2)
     asked.weights[:, 1:-LIFTS] *= 0.2
-    parted = Items.of(table, 1)
+    parted = Items.of(table, parted=True)
     assert parted.partitions is not None
     exact, found = (asked.ask(items, table, keep) for items in (Items.of(table), parted))
     same = [
@@ -144,13 +146,13 @@ def check_numbers(items: Items, near: float) -> None:
 
 @pytest.mark.parametrize("ahead_of_it", [True, False])
 def test_rows_move_with_each_version(ahead_of_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changed, new and far larger rows; centres found anew once half of the rows have come or moved."""
+    """Changed, new and far larger rows; all of them anew where too many come."""
     monkeypatch.setattr(search, "SPREADS", EVERYWHERE)
     draw = torch.Generator().manual_seed(5)
     replica, source = first_version(), Replica(Settings(dimension=DIMENSION), CPU)
-    items = Items.of(replica.table, 1)
+    items = Items.of(replica.table, parted=True)
     source.apply(replica.write_all())
-    kept = anew = 0
+    anew = 0
     for step in range(12):
         first = source.table.rows
         source.table.allocate(f"new-{step}-{n}" for n in range(40))
@@ -161,8 +163,6 @@ def test_rows_move_with_each_version(ahead_of_it: bool, monkeypatch: pytest.Monk
         source.table.clock += 100
         new_items = list(zip(source.table.item_ids[first:], range(first, source.table.rows), strict=True))
         payload = source.write(changed, new_items)
-        before = items.partitions
-        assert before is not None
         if ahead_of_it:
             ahead = Ahead.of(items, replica.table, payload)
             assert ahead is not None
@@ -173,10 +173,9 @@ def test_rows_move_with_each_version(ahead_of_it: bool, monkeypatch: pytest.Monk
         else:
             replica.apply(payload)
             items = items.moved(replica.table, changed.numpy())
-        assert items.partitions is not None
-        if items.partitions.centres is before.centres:
-            kept += 1
-        else:
+        if items.partitions is None:
+            # Too many at once.
+            items = Items.of(replica.table, parted=True)
             anew += 1
         check_places(items)
         # What went is known roughly where the version is in place.
@@ -184,23 +183,30 @@ def test_rows_move_with_each_version(ahead_of_it: bool, monkeypatch: pytest.Monk
         asked = Asked(replica.table, 3, step)
         exact, parted = (asked.ask(each, replica.table, 30) for each in (Items.of(replica.table), items))
         assert torch.equal(exact.rows_BK, parted.rows_BK)
-    assert kept
-    assert anew
+    assert 0 < anew < 12
 
 
-def test_rows_are_parted_once_there_are_so_many() -> None:
+def test_partitions_are_worn_before_they_are_full() -> None:
     replica, source = first_version(), Replica(Settings(dimension=DIMENSION), CPU)
-    items = Items.of(replica.table, 210)
-    assert items.partitions is None
     source.apply(replica.write_all())
-    first = source.table.rows
-    new = source.table.allocate(f"new-{n}" for n in range(20))
-    payload = source.write(torch.arange(first, source.table.rows), new)
-    ahead = Ahead.of(items, replica.table, payload)
-    assert ahead is not None
-    replica.apply(payload)
-    items = ahead.land(replica.table)
-    check_places(items)
+    items = Items.of(replica.table, parted=True)
+    parted, worn = 0, 0
+    while items.partitions is not None:
+        assert items.lack_partitions(items.rows) == items.partitions.worn(items.rows)
+        assert not items.lack_partitions(items.rows + 1)
+        parted, worn = parted + 1, worn + items.partitions.worn(items.rows)
+        new = source.table.allocate([f"new-{parted}"])
+        payload = source.write(torch.arange(source.table.rows - 1, source.table.rows), new)
+        ahead = Ahead.of(items, replica.table, payload)
+        assert ahead is not None
+        replica.apply(payload)
+        items = ahead.land(replica.table)
+    assert 0 < worn < parted
+    assert items.lack_partitions(items.rows)
+    found = Items.of(replica.table, parted=True).partitions
+    assert found is not None
+    assert not found.worn(items.rows)
+    assert replace(found, moved=items.rows // 2 + 1).worn(items.rows)
 
 
 def test_centres_are_those_of_the_kinds_that_rows_are_of() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -138,6 +140,14 @@ def ids(items: list[ScoredItem]) -> list[str]:
     return [item.item_id for item in items]
 
 
+def part(scorer: Scorer) -> None:
+    """Prepare until no partitions are being found."""
+    scorer.prepare()
+    while scorer._parting is not None:
+        wait([scorer._parting.found], SECONDS)
+        scorer.prepare()
+
+
 @pytest.fixture
 def pair(learning_settings: Settings, mirror: CatalogMirror, request: pytest.FixtureRequest) -> Iterator[list[Scorer]]:
     """Two scorers that share weights, with a way of retrieval."""
@@ -200,7 +210,7 @@ def test_processes_that_share_weights_foresee_the_next(
         each.load(record, whole)
     for each in pair:
         each.refresh()
-        each.prepare()
+        part(each)
     parted = settings.retrieval == "partitioned" and looked_at_roughly(CPU)
     assert len(moved) == (2 if parted else 0), "what was parted meanwhile is moved to where the weights are by then"
     moved.clear()
@@ -224,7 +234,7 @@ def test_processes_that_share_weights_foresee_the_next(
                 assert_same(list(found.items), [(item.item_id, item.score) for item in answer.items], 1e-5)
             # More rows have come than there was room for in partitions.
             with one_at_a_time:
-                each.prepare()
+                part(each)
             assert each._items is not None
             assert (each._items.partitions is not None) == parted
     done.set()
@@ -237,33 +247,70 @@ def test_processes_that_share_weights_foresee_the_next(
 
 @pytest.mark.skipif(not looked_at_roughly(CPU), reason="no AVX2 here: nothing is looked at in partitions")
 @pytest.mark.parametrize("pair", ["partitioned"], indirect=True)
-def test_versions_go_on_while_a_process_finds_partitions(
-    pair: list[Scorer], versions: Versions, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["alone", "leads", "follows", "follows, and is late"])
+def test_versions_go_on_while_partitions_are_found(
+    pair: list[Scorer], mirror: CatalogMirror, way: str, versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = pair
+    first, second = pair if way != "alone" else [Scorer(pair[0]._settings, mirror, CPU)] * 2
+    parting = first if way == "leads" else second
     (record, _, whole), (after, delta, _) = versions[-2:]
     first.load(record, whole)
     second.refresh()
     # Few enough to have room among so few.
     columns = {name: column[:20] for name, column in delta.columns.items()}
     delta = replace(delta, rows=delta.rows[:20], columns=columns)
-    find = Partitions.of
+    find, go_on = Partitions.of, threading.Event()
 
     def late(*arguments: Any) -> Partitions:
-        first.apply(after, delta)
-        second.refresh()
+        assert go_on.wait(SECONDS)
         return find(*arguments)
 
     monkeypatch.setattr(Partitions, "of", late)
-    second.prepare()
-    assert second._items is not None
-    assert second._items.partitions is not None
-    assert second.version == after.version
-    assert second._replica is not None
-    assert second._items.rough is not None
-    places, vectors = second._items.partitions.places, second._replica.table.column("vector").numpy()
-    known = second._items.rough[0].read(np.arange(1, len(vectors)), places)
-    assert np.linalg.norm(known - vectors[1:], axis=1).max() <= second._items.rough[0].lost * 1.001
+    parting.prepare()
+    assert parting._items is not None
+    assert parting._items.partitions is None
+    parting.leave()
+    if way == "follows, and is late":
+        # The version comes while what changed is moved.
+        move = Items.moved
+
+        def moved(items: Items, table: ItemTable, changed_R: NDArray[np.int64]) -> Items:
+            monkeypatch.setattr(Items, "moved", move)
+            threading.Thread(target=first.apply, args=(after, delta)).start()
+            until(lambda: first.version == after.version)
+            return move(items, table, changed_R)
+
+        monkeypatch.setattr(Items, "moved", moved)
+        monkeypatch.setattr(shared_module, "READY_SECONDS", 0.0)
+    else:
+        first.apply(after, delta)
+    go_on.set()
+    part(parting)
+    assert parting._items.partitions is not None
+    assert parting.version == after.version
+    assert parting._replica is not None
+    assert parting._items.rough is not None
+    places, vectors = parting._items.partitions.places, parting._replica.table.column("vector").numpy()
+    known = parting._items.rough[0].read(np.arange(1, len(vectors)), places)
+    assert np.linalg.norm(known - vectors[1:], axis=1).max() <= parting._items.rough[0].lost * 1.001
+    # Rows are put in place as long as it takes, but not in place of another copy of the weights.
+    if way == "alone":
+        go_on.clear()
+        first.load(record, whole)
+        first.prepare()
+        first.load(record, whole)
+        go_on.set()
+        assert first._parting is None
+        part(first)
+        assert first._items is not None
+        assert first._items.partitions is not None
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 # The arithmetic, item by item
@@ -639,6 +686,9 @@ def test_items_in_partitions_give_the_same_answers(
                 each.load(record, whole)
             else:
                 each.apply(record, delta)
+        part(parted)
+        assert parted._items is not None
+        assert (parted._items.partitions is not None) == looked_at_roughly(CPU)
         assert parted.answer(QUERIES, NOW_MS) == empty.answer(QUERIES, NOW_MS)
 
 

@@ -37,13 +37,12 @@ class Items:
     rough: tuple[Rough, Rough] | None
     # Of all vectors, in double precision: kept up from version to version.
     sum_D: NDArray[np.float64]
-    # Where rows lie in `rough`, from so many rows on; None where they lie in their order.
+    # Where rows lie in `rough`; None where they lie in their order.
     partitions: Partitions | None
-    partitioned_from: float
 
     @classmethod
-    def of(cls, table: ItemTable, partitioned_from: float = math.inf) -> Items:
-        """Compute everything from a table, with partitions where it has so many rows.
+    def of(cls, table: ItemTable, *, parted: bool = False) -> Items:
+        """Compute everything from a table, and partitions, which takes seconds, where it is to be `parted`.
 
         Rows may be changed meanwhile and new ones given, if all of them are told to `moved` then.
         """
@@ -52,12 +51,15 @@ class Items:
         if not looked_at_roughly(table.device):
             standing_IS = table.standing()
             means = vectors_ID[1:].mean(0), standing_IS[1:].mean(0)
-            return cls(vectors_ID, standing_IS, *means, None, np.zeros(0), None, math.inf)
+            return cls(vectors_ID, standing_IS, *means, None, np.zeros(0), None)
         standing = Standing.of(_arrays(table), rows, table.clock)
-        partitions, vectors = _packed(vectors_ID.numpy(), standing.rows_IS, rows, partitioned_from)
+        capacity = _capacity(rows)
+        partitions = Partitions.of(vectors_ID.numpy(), standing.rows_IS, capacity) if parted else None
+        places = partitions.places if partitions else None
+        vectors = Rough.of(vectors_ID.numpy(), centred=False, capacity=capacity, places=places)
         sum_D = vectors_ID.sum(0).double().numpy()
-        rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
-        return _items(vectors_ID, sum_D, standing, vectors, rough_standing, partitions, partitioned_from)
+        rough_standing = Rough.of(standing.rows_IS, centred=True, places=places)
+        return _items(vectors_ID, sum_D, standing, vectors, rough_standing, partitions)
 
     @property
     def rows(self) -> int:
@@ -65,8 +67,10 @@ class Items:
         return len(self.standing_IS)
 
     def lack_partitions(self, partitioned_from: float) -> bool:
-        """Tell whether rows lie in their order although there are so many."""
-        return self.rough is not None and self.partitions is None and self.rows >= partitioned_from
+        """Tell whether there are so many rows, and they lie in their order or in partitions that are worn."""
+        if self.rough is None or self.rows < partitioned_from:
+            return False
+        return self.partitions is None or self.partitions.worn(self.rows)
 
     def moved(self, table: ItemTable, changed_R: NDArray[np.int64]) -> Items:
         """Return the items of a table in which these rows, ascending, have changed since, or are new.
@@ -76,7 +80,7 @@ class Items:
         rows, partitions = table.rows, self.partitions
         fit = self.rough is not None and self.rough[0].fits(rows)
         if not fit or (partitions and not partitions.fit(rows, len(changed_R))):
-            return Items.of(table, self.partitioned_from)
+            return Items.of(table)
         assert self.rough is not None
         vectors_ID, vectors = table.column("vector"), self.rough[0]
         standing, to_R = Standing.of(_arrays(table), rows, table.clock), np.empty(0, np.int32)
@@ -86,10 +90,7 @@ class Items:
             partitions, to_R = partitions.after(before_KD, changed_R, vectors_ID.numpy()[changed_R], standing.rows_IS)
         rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
         sum_D = vectors_ID.sum(0).double().numpy()
-        ahead = Ahead(
-            *(changed_R, sum_D, standing, rough_standing, vectors, partitions, to_R, self.partitioned_from),
-        )
-        return ahead.land(table)
+        return Ahead(changed_R, sum_D, standing, rough_standing, vectors, partitions, to_R).land(table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,6 @@ class Ahead:
     # With them, the partition that each changed row moves to.
     partitions: Partitions | None
     to_R: NDArray[np.int32]
-    partitioned_from: float
 
     @classmethod
     def of(cls, items: Items, table: ItemTable, payload: WeightPayload) -> Ahead | None:
@@ -126,16 +126,14 @@ class Ahead:
         before_KD = before_ID[changed_R[changed_R < known]]
         moved_D = columns["vector"].sum(0, dtype=np.float64) - before_KD.sum(0, dtype=np.float64)
         vectors, partitions, to_R = items.rough[0], items.partitions, np.empty(0, np.int32)
-        parted = rows >= items.partitioned_from
-        if not vectors.fits(rows) or (not partitions or not partitions.fit(rows, len(changed_R)) if parted else False):
-            partitions, vectors = _packed(before_ID, standing.rows_IS[:known], rows, items.partitioned_from)
+        if not vectors.fits(rows) or (partitions and not partitions.fit(rows, len(changed_R))):
+            # Partitions are for another to find again, beside.
+            partitions, vectors = None, Rough.of(before_ID, centred=False, capacity=_capacity(rows))
         if partitions:
-            if not partitions.fit(rows, len(changed_R)):
-                return None
             partitions, to_R = partitions.after(before_KD, changed_R, columns["vector"], standing.rows_IS)
         rough_standing = Rough.of(standing.rows_IS, centred=True, places=partitions.places if partitions else None)
         sum_D = items.sum_D + moved_D
-        return cls(changed_R, sum_D, standing, rough_standing, vectors, partitions, to_R, items.partitioned_from)
+        return cls(changed_R, sum_D, standing, rough_standing, vectors, partitions, to_R)
 
     def land(self, table: ItemTable) -> Items:
         """Return the items of the version, now that it is in place."""
@@ -145,10 +143,8 @@ class Ahead:
             places.move(self.changed_R, self.to_R, self.vectors.blocks_GP, self.rough_standing.blocks_GP)
             self.rough_standing.write(self.standing.rows_IS, self.changed_R, places)
         self.vectors.write(table.column("vector").numpy(), self.changed_R, places)
-        return _items(
-            *(table.column("vector"), self.sum_D, self.standing, self.vectors, self.rough_standing),
-            *(self.partitions, self.partitioned_from),
-        )
+        vectors_ID = table.column("vector")
+        return _items(vectors_ID, self.sum_D, self.standing, self.vectors, self.rough_standing, self.partitions)
 
 
 def looked_at_roughly(device: torch.device) -> bool:
@@ -161,14 +157,9 @@ def partitioned_from(retrieval: str) -> float:
     return {"auto": PARTITIONED_FROM, "exact": math.inf, "partitioned": 1}[retrieval]
 
 
-def _packed(
-    vectors_ID: NDArray[np.float32], standing_IS: NDArray[np.float32], rows: int, partitioned_from: float
-) -> tuple[Partitions | None, Rough]:
-    """Pack all vectors, with room for more than `rows`, in partitions from so many on."""
-    capacity = rows + rows // 8
-    partitions = Partitions.of(vectors_ID, standing_IS, capacity) if rows >= partitioned_from else None
-    places = partitions.places if partitions else None
-    return partitions, Rough.of(vectors_ID, centred=False, capacity=capacity, places=places)
+def _capacity(rows: int) -> int:
+    """Return for how many rows there should be room where there are so many."""
+    return rows + rows // 8
 
 
 def _items(
@@ -178,7 +169,6 @@ def _items(
     vectors: Rough,
     rough_standing: Rough,
     partitions: Partitions | None,
-    partitioned_from: float,
 ) -> Items:
     return Items(
         vectors_ID,
@@ -188,7 +178,6 @@ def _items(
         (vectors, rough_standing),
         sum_D,
         partitions,
-        partitioned_from,
     )
 
 

@@ -22,8 +22,10 @@ from recsys.scorer.places import Places
 TOGETHER = 192
 # The share of rows that are far from any centre when these are found.
 FAR = 0.004
-# Rows that may have come or moved, of those there were, before the centres are looked for anew.
+# Rows that may have come or moved, of those there were, before the centres are looked for anew; and of how many rows
+# there must be room for another one.
 MOVED = 0.5
+SPARE = 32
 SEED = 11
 # Each user looks first at so many partitions or more.
 FIRST = 8
@@ -93,8 +95,13 @@ class Partitions:
         return after, to_R
 
     def fit(self, rows: int, changed: int) -> bool:
-        """Tell whether so many rows, and so many that change, have room, and the centres are still theirs."""
-        return self.places.fit(rows, changed) and self.moved <= MOVED * rows
+        """Tell whether so many rows, and so many that change, have room."""
+        return self.places.fit(rows, changed)
+
+    def worn(self, rows: int) -> bool:
+        """Tell whether they should be found anew: many of so many rows have come or moved, or room runs out."""
+        more = rows // SPARE
+        return self.moved > MOVED * rows or not self.places.fit(rows + more, more)
 
     def hopes(self, weights_BV: Floats, spreads: float) -> Floats:
         """Return for each user and partition a score, without transitions, that its rows hardly exceed: (B, L).

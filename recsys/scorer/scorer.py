@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from recsys.beside import Beside
 from recsys.catalog import CatalogMirror
+from recsys.collector import give_back
 from recsys.errors import NotReady
 from recsys.item_table import ItemTable
+from recsys.logs import tell
 from recsys.scorer.items import Ahead, Items, looked_at_roughly, partitioned_from
 from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
@@ -32,6 +34,8 @@ from recsys.weights.shared import Foretold, Point, SharedWeights
 
 # Batch sizes scored once before the first request is let in.
 WARM_UP_SIZES = (1, 8, 32)
+
+_log = logging.getLogger(__name__)
 
 
 class Scorer:
@@ -53,6 +57,9 @@ class Scorer:
         self._shared = shared
         self._shared_number = 0
         self._shared_point = Point(0, 0, 0, 0)
+        # The partitions that are being found, which takes seconds, while versions go on.
+        self._apart = Beside("recsys-partitions")
+        self._parting: _Parting | None = None
         # What was computed of a version before it was put in place, with the number of what foretold it.
         self._foreseen: tuple[int, Ahead] | None = None
         self._record = VersionRecord()
@@ -104,18 +111,17 @@ class Scorer:
     def prepare(self) -> None:
         """Compute, beside the answers, what has to be computed of all items: of a version to come, and partitions.
 
-        For processes that share weights: from now on versions wait a moment for this one. Whoever follows them calls it
-        again whenever it is `called`.
+        Whoever moves or follows the weights calls it now and then, in the one thread in which it does that, and where
+        processes share them whenever it is `called`: from now on versions wait a moment for this process.
         """
-        if self._shared is None:
-            return
-        self._shared.listen()
-        self._foresee(self._shared)
-        if self._items is not None and self._items.lack_partitions(self._partitioned_from):
-            # That takes seconds.
-            self._shared.deaf()
-            self._part(self._shared)
+        if self._shared is not None:
             self._shared.listen()
+            self._foresee(self._shared)
+        if self._parting is None:
+            self._begin_parting()
+        elif self._parting.found.done():
+            self._end_parting()
+            self.beside(give_back)
 
     def leave(self) -> None:
         """Keep no version waiting until this process prepares again."""
@@ -139,16 +145,45 @@ class Scorer:
         finally:
             shared.heard(foretold.number)
 
-    def _part(self, shared: SharedWeights) -> None:
-        """Find partitions, while versions go on; what they change is moved afterwards."""
+    def _begin_parting(self) -> None:
+        """Begin to find partitions where there should be some; what versions change meanwhile is moved afterwards."""
         with self._held():
-            point, replica = self._shared_point, self._replica
-        assert replica is not None
-        items = self.beside(_parted, replica.table)
+            items, point, replica = self._items, self._shared_point, self._replica
+        if items is not None and replica is not None and items.lack_partitions(self._partitioned_from):
+            self._parting = _Parting(replica, point, [], self._apart.begin(self._part, replica))
+
+    def _end_parting(self) -> None:
+        """Put the partitions that were found in place."""
+        parting, self._parting = self._parting, None
+        assert parting is not None
+        shared, table = self._shared, parting.replica.table
         with self._held():
-            changed_R = shared.changes(point)
-            if changed_R is not None and self._replica is replica:
-                self._install(self._record, self._status.applied_ms, items.moved(replica.table, changed_R))
+            point = self._shared_point
+            changed_R = shared.changes(parting.point) if shared else _rows(parting.changed)
+            if self._replica is not parting.replica or changed_R is None:
+                return
+        # Versions wait: they are moved in this thread, or by a process that waits for this one.
+        items = self.beside(_moved, parting.found.result(), table, changed_R)
+        with self._held():
+            if self._replica is not parting.replica:
+                return
+            if point != self._shared_point:
+                # It did not wait long enough.
+                assert shared is not None
+                if (changed_R := shared.changes(parting.point)) is None:
+                    return
+                items = items.moved(table, changed_R)
+            self._install(self._record, self._status.applied_ms, items)
+        tell(_log, logging.INFO, "items lie in partitions", rows=items.rows)
+
+    @torch.inference_mode()
+    def _part(self, replica: Replica) -> Items:
+        """Return the items of a replica, in partitions; what answers from them is compiled by then."""
+        items = Items.of(replica.table, parted=True)
+        served = Served(self._settings, self._mirror, replica, items, Search())
+        for size in WARM_UP_SIZES:
+            served.recommend([Query(history=())] * size, _now_ms())
+        return items
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -211,9 +246,9 @@ class Scorer:
             self.refresh()
             return
         # Beside the answers of the one before.
-        items = self._items_of(replica)
+        items = _items_of(replica)
         with self._lock:
-            self._replica = replica
+            self._parting, self._replica = None, replica
             self._install(record, _now_ms(), items)
 
     def apply(self, record: VersionRecord, payload: WeightPayload) -> None:
@@ -233,12 +268,12 @@ class Scorer:
         next_ = self.beside(_next, self._items, replica, payload)
         with self._lock:
             replica.put(payload, next_.ready)
-            items = next_.ahead.land(replica.table) if next_.ahead else self._items_of(replica)
+            items = next_.ahead.land(replica.table) if next_.ahead else _items_of(replica)
             self._install(record, _now_ms(), items, next_.layers)
-
-    @torch.inference_mode()
-    def _items_of(self, replica: Replica) -> Items:
-        return Items.of(replica.table, self._partitioned_from)
+        if next_.ahead is None:
+            self._parting = None
+        elif self._parting is not None:
+            self._parting.changed.append(next_.ahead.changed_R)
 
     @torch.inference_mode()
     def _install(self, record: VersionRecord, applied_ms: int, items: Items, layers: Layers | None = None) -> None:
@@ -269,6 +304,12 @@ class Scorer:
         for size in WARM_UP_SIZES:
             for answer in self._answer([Query(history=())] * size, _now_ms()):
                 self.on_warm_up(answer)
+        if self._items is not None and self._items.lack_partitions(self._partitioned_from):
+            # To find those of all items takes seconds, the compiler a minute.
+            few = Replica(self._settings, self.device)
+            few.table.allocate(["one", "two"])
+            few.network.eval()
+            self._part(few)
         self.warm = True
 
     def answer(self, queries: Sequence[Query], now_ms: int | None = None) -> list[Answer]:
@@ -304,6 +345,15 @@ class Scorer:
         return [answers[i] for i in range(len(queries))]
 
 
+class _Parting(NamedTuple):
+    """Hold what of partitions are being found, from which point on, and the rows that were changed since."""
+
+    replica: Replica
+    point: Point
+    changed: list[NDArray[np.int64]]
+    found: Future[Items]
+
+
 class _Next(NamedTuple):
     """Hold what can be had of the next version before it is put in place."""
 
@@ -329,9 +379,18 @@ def _ahead(items: Items, replica: Replica, foretold: Foretold) -> Ahead | None:
 
 
 @torch.inference_mode()
-def _parted(table: ItemTable) -> Items:
-    """Return items in partitions; those that come of them are computed in the way of answers, and find no new ones."""
-    return replace(Items.of(table, 1), partitioned_from=math.inf)
+def _items_of(replica: Replica) -> Items:
+    return Items.of(replica.table)
+
+
+@torch.inference_mode()
+def _moved(items: Items, table: ItemTable, changed_R: NDArray[np.int64]) -> Items:
+    return items.moved(table, changed_R)
+
+
+def _rows(changed: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the rows that any of several versions changed, ascending."""
+    return np.unique(np.concatenate([np.empty(0, np.int64), *changed]))
 
 
 def _now_ms() -> int:
