@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -90,7 +88,7 @@ class World:
     def items(self) -> Items:
         """Return what a version would hold of the items."""
         vectors = self.table.column("vector")
-        return Items(vectors, self.standing, vectors[0], self.standing[0], None, np.zeros(0), None, math.inf)
+        return Items(vectors, self.standing, vectors[0], self.standing[0], None, np.zeros(0), None)
 
     def users(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the vectors, and the mixing weights and states of the users."""
