@@ -36,8 +36,14 @@ lint: .venv/.installed  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/.installed  ## mypy, strict
+# Tests and benchmarks: what they call is there and takes what it is given; they need not be strict.
+LOOSE := $(addprefix --disable-error-code=,arg-type func-returns-value index misc no-untyped-call operator union-attr) \
+	--disable-error-code=no-any-return --disable-error-code=unused-ignore --disable-error-code=comparison-overlap
+
+types: .venv/.installed  ## mypy: strict, of tests and benchmarks less so
 	$(BIN)/mypy
+	$(BIN)/mypy $(LOOSE) tests
+	$(BIN)/mypy $(LOOSE) benchmarks
 
 check: lint types test  ## what CI runs
 

@@ -54,7 +54,7 @@ def replicate(settings: Settings, copy: Settings) -> None:
 
 def batches(size: int, seconds: float, settings: Settings, first: int) -> list[float]:
     """Append for so long; return how long each batch took."""
-    took = []
+    took: list[float] = []
     with connect(settings) as client:
         log = FeedbackLog(client, settings)
         over = time.perf_counter() + seconds

@@ -23,7 +23,6 @@ from recsys.device import choose
 from recsys.feedback_file import open_feedback_file
 from recsys.settings import load
 from trainer import full_ranking
-from trainer import learner as learner_module
 from trainer.evaluation.stream import Stream
 from trainer.examples import batches, encode
 from trainer.learner import Learner
@@ -70,8 +69,7 @@ class Clock:
         learner._look = self.timed("standing", learner._look)  # type: ignore[method-assign]
         full_ranking.rank = self.timed("ranking", full_ranking.rank)
         # That of the mixing weights' loss included, which is within the test.
-        backward = learner_module.torch.autograd.backward
-        learner_module.torch.autograd.backward = self.timed("backward", backward)  # type: ignore[assignment]
+        torch.autograd.backward = self.timed("backward", torch.autograd.backward)
 
 
 def main() -> None:

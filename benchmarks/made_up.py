@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any, cast
 
 import numpy as np
 import redis
@@ -64,7 +63,7 @@ def watch_commands(client: redis.Redis) -> None:
 def longest_commands(client: redis.Redis) -> dict[str, float]:
     """Return, per command that took long, the most milliseconds that one of them kept the store from all others."""
     found: dict[str, float] = {}
-    for entry in cast("list[dict[str, Any]]", client.slowlog_get(SLOW_KEPT)):
+    for entry in client.slowlog_get(SLOW_KEPT):
         name = entry["command"].split()[0].decode()
         found[name] = max(found.get(name, 0.0), entry["duration"] / 1000)
     return found

@@ -41,9 +41,10 @@ def compare(settings: Settings, items: int, rounds: int) -> dict[str, Any]:
             history = torch.from_numpy(draw.integers(1, table.rows, (users, TRANSITION_REACH)))
             own = draw.integers(1, table.rows, (users, OWN)).tolist()
             ways: dict[str, Callable[[], Any]] = {}
-            for name, way in (("search", Search()), ("retrieval", Retrieval(torch.device("cpu")))):
-                way.install(found, table)
-                ways[name] = partial(way.find, weights, states, history, [hidden] * users, Own.of(own), KEEP)
+            searches: dict[str, Search | Retrieval] = {"search": Search(), "retrieval": Retrieval(torch.device("cpu"))}
+            for name, search in searches.items():
+                search.install(found, table)
+                ways[name] = partial(search.find, weights, states, history, [hidden] * users, Own.of(own), KEEP)
             ways |= faiss_ways(found, weights[:, :1] * states, weights[:, 1:-LIFTS])
             agree = (ways["search"]()[1] == ways["retrieval"]()[1]).float().mean().item()
             times: dict[str, list[float]] = {name: [] for name in ways}

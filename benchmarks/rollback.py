@@ -91,15 +91,16 @@ def measure(items: int, repeats: int) -> dict[str, Any]:
             store = WeightStore(connection, settings)
             epoch = store.acquire()
             learner = made_up_learner(settings, items)
-            payloads = [encode(part) for part in learner.write_all()]
-            store.commit(epoch, 0, *payloads, made_up_lineage(settings, 1))
-            store.write_snapshot(epoch, 1, *payloads)
+            payload, own = map(encode, learner.write_all())
+            payload_bytes = len(payload) + len(own)
+            store.commit(epoch, 0, payload, own, made_up_lineage(settings, 1))
+            store.write_snapshot(epoch, 1, payload, own)
             watch_commands(connection)
             commits = []
             for version in range(2, VERSIONS + 1):
-                delta = [encode(part) for part in changed(learner, ROWS_PER_VERSION, version)]
+                payload, own = map(encode, changed(learner, ROWS_PER_VERSION, version))
                 started = time.monotonic()
-                store.commit(epoch, version - 1, *delta, made_up_lineage(settings, version))
+                store.commit(epoch, version - 1, payload, own, made_up_lineage(settings, version))
                 commits.append(time.monotonic() - started)
         with server(embedded.url) as client:
             prober = Prober()
@@ -118,8 +119,8 @@ def measure(items: int, repeats: int) -> dict[str, Any]:
             longest = longest_commands(connection)
     return {
         "items": items,
-        "payload_bytes": sum(map(len, payloads)),
-        "commit_bytes_per_1000_rows": sum(map(len, delta)),
+        "payload_bytes": payload_bytes,
+        "commit_bytes_per_1000_rows": len(payload) + len(own),
         "commit_milliseconds_per_1000_rows": round(1000 * statistics.median(commits), 1),
         "longest_store_commands_milliseconds": longest,
         "rollback_seconds": rounded(asked),

@@ -298,7 +298,7 @@ def start(
     servers = {"recsys": Asked(targets["recsys"], pid, PATH, requests)}
     until_answered(targets["recsys"])
     with grpc.insecure_channel(targets["recsys"]) as channel:
-        answer: bytes = channel.unary_unary(PATH)(requests[0], timeout=10)
+        answer: bytes = channel.unary_unary(PATH, None, None)(requests[0], timeout=10)
     for name, argument in (("straightforward", store_url), ("noop", answer.hex())):
         pid = stack.enter_context(part(this, f"--{name}", argument, "--port", str(ports[name]), cores=server_cores))
         until_answered(targets[name])
@@ -416,8 +416,8 @@ def main() -> None:
     parser.add_argument("--ripple", action="store_true", help="what new versions do to times, and Score; ours alone")
     parser.add_argument("--json", action="store_true", help="print one line")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    for role in ("--publish", "--straightforward", "--noop"):
-        parser.add_argument(role, help=argparse.SUPPRESS)
+    for name in ("--publish", "--straightforward", "--noop"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     roles: dict[str, Callable[[], None]] = {
         "publish": lambda: publish(arguments.publish, arguments.items, PUBLISH_SECONDS),

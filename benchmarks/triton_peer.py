@@ -26,7 +26,7 @@ def serve(network_path: str, port: int, length: int, count: int) -> None:
     torch.set_num_threads(1)
     network = torch.jit.load(network_path)
 
-    @batch
+    @batch  # type: ignore[untyped-decorator]
     def infer(history: Any) -> dict[str, Any]:
         with torch.inference_mode():
             scores, rows = network(torch.from_numpy(np.ascontiguousarray(history)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from calls import SECONDS
 from serving import Running
@@ -18,7 +18,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 
 
-def frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
+def frames(connection: socket.socket) -> Generator[tuple[int, bytes], None, None]:
     """Read a peer's frames, type and payload, until it closes."""
     with connection.makefile("rb") as stream, contextlib.suppress(ConnectionError):
         while len(head := stream.read(9)) == 9:

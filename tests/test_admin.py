@@ -320,7 +320,15 @@ def test_rollback_pause_and_versions_from_the_command_line(
 
 
 def _at(settings: Settings) -> list[str]:
-    names = ("redis_url", "dimension", "history_length", "heads", "successors", "context_buckets", "batch_size")
+    names: tuple[str, ...] = (
+        "redis_url",
+        "dimension",
+        "history_length",
+        "heads",
+        "successors",
+        "context_buckets",
+        "batch_size",
+    )
     names += ("batch_growth", "replay_size", "replay_every", "replay_capacity", "negatives", "batches_per_version")
     names += ("device",)
     flags = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in names]

@@ -50,7 +50,7 @@ def click(item_id: str = "item-7", **fields: Any) -> Feedback:
     return Feedback(**{"user_id": "u", "item_id": item_id, "feedback_class": "click", **fields})
 
 
-class Scripted:
+class Scripted(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """A server whose every method answers from a list: a RecsysError fails the call, None answers it empty."""
 
     def __init__(self, *answers: errors.RecsysError | None) -> None:

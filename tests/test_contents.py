@@ -327,14 +327,14 @@ def test_an_item_is_recommended_to_those_who_like_its_category_before_any_feedba
         running.client.upsert_items([Item(f"new-{kind}", categories=(kind,)) for kind in "ab"])
         running.learn()
         for kind, other in ("ab", "ba"):
-            user = f"late-{kind}"
-            running.click(user, *draw.sample(items[kind], 8))
-            places = {name: place for place, name in enumerate(running.recommended(user))}
+            late = f"late-{kind}"
+            running.click(late, *draw.sample(items[kind], 8))
+            places = {name: place for place, name in enumerate(running.recommended(late))}
             # Before its twin, and before all that the user has no liking for.
             assert places[f"new-{kind}"] < places[f"new-{other}"]
             assert places[f"new-{kind}"] < min(places[name] for name in items[other])
             # All that the network finds in the item is what its category gave, until there is feedback on it.
-            found, older = (running.client.explain(user, name).parts for name in (f"new-{kind}", items[kind][0]))
+            found, older = (running.client.explain(late, name).parts for name in (f"new-{kind}", items[kind][0]))
             assert found.content == found.network > 0
             assert older.content == 0 < older.network
         running.click("late-a", "new-a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -276,8 +277,7 @@ def test_a_learner_is_restored_with_its_crowd(settings: Settings) -> None:
     own.dense[CROWD][:] = np.arange(1 + MOST_PUSHED)
     second.restore(served, decode(encode(own)))
     assert second.crowd.pushed.tolist() == list(range(1, 1 + MOST_PUSHED))
-    del own.dense[CROWD]
-    second.restore(served, own)
+    second.restore(served, replace(own, dense={name: tensor for name, tensor in own.dense.items() if name != CROWD}))
     assert not second.crowd.attacked
 
 

@@ -154,7 +154,15 @@ def test_weights_worse_than_those_served_are_objected_to(here: Settings, path: P
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], here: Settings) -> Any:
     """Run the command against the store, with the same small settings."""
-    names = ("dimension", "history_length", "heads", "successors", "context_buckets", "max_context", "batch_size")
+    names: tuple[str, ...] = (
+        "dimension",
+        "history_length",
+        "heads",
+        "successors",
+        "context_buckets",
+        "max_context",
+        "batch_size",
+    )
     names += ("replay_size", "replay_every", "replay_capacity", "negatives", "redis_url", "device")
     flags = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(here, name)))]
 

@@ -200,7 +200,7 @@ def test_a_message_that_is_far_too_large_is_not_received(fronted: Settings, pki:
         with channel_to(running, pki) as channel:
             for size, codes in ((limit + 1, {CODE.RESOURCE_EXHAUSTED}), (20 * limit, {CODE.UNAVAILABLE})):
                 with pytest.raises(grpc.RpcError) as caught:
-                    channel.unary_unary(RECOMMEND)(bytes(size), timeout=SECONDS)
+                    channel.unary_unary(RECOMMEND, None, None)(bytes(size), timeout=SECONDS)
                 assert caught.value.code() in codes
         with client_of(running, pki) as client:
             assert client.recommend("u").version == 1
@@ -417,7 +417,7 @@ def test_a_stopping_server_sends_clients_elsewhere(fronted: Settings, pki: Path)
 
     def call(begun: threading.Event) -> None:
         with channel_to(running, pki) as channel:
-            method = channel.unary_unary(RECOMMEND)
+            method = channel.unary_unary(RECOMMEND, None, None)
             while True:
                 try:
                     method(b"\n\x01u", timeout=SECONDS)
@@ -539,6 +539,6 @@ def test_metadata_over_the_limit_is_refused_before_the_call_is(fronted: Settings
         channel_to(running, pki) as channel,
         pytest.raises(grpc.RpcError) as caught,
     ):
-        channel.unary_unary(RECOMMEND)(b"", timeout=SECONDS, metadata=[("x", "x" * 2048)])
+        channel.unary_unary(RECOMMEND, None, None)(b"", timeout=SECONDS, metadata=[("x", "x" * 2048)])
     assert caught.value.code() == CODE.UNKNOWN
     assert "431" in caught.value.details()

@@ -57,7 +57,7 @@ def running(embedded_store: EmbeddedStore, request: pytest.FixtureRequest) -> It
 
 def code_of(running: Running, method: str, data: bytes, metadata: Any = ()) -> grpc.StatusCode:
     try:
-        running.channel.unary_unary(method)(data, timeout=SECONDS, metadata=metadata)
+        running.channel.unary_unary(method, None, None)(data, timeout=SECONDS, metadata=metadata)
     except grpc.RpcError as error:
         code: grpc.StatusCode = error.code()
         return code

@@ -143,7 +143,7 @@ def test_items_are_admitted_expire_and_come_back_by_hand(settings: Settings) -> 
     base = small(settings, item_admission=3, item_expiry=4)
     registry, users = CollectorRegistry(), count()
 
-    def learn(items: str) -> tuple[list[str], float | None, float | None]:
+    def learn(items: str) -> tuple[Sequence[str], float | None, float | None]:
         """Have somebody click each of these items, two batches of a version; tell who has rows and what is counted."""
         append(base, [Feedback(f"user-{next(users)}", item, "click", START_MS) for item in items])
         while daemon.step():

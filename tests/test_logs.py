@@ -33,7 +33,7 @@ def restored() -> Iterator[None]:
 def record(words: str, **fields: object) -> logging.LogRecord:
     caught: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = caught.append  # type: ignore[method-assign]
+    handler.emit = caught.append  # type: ignore[assignment,method-assign]
     logger = logging.Logger("recsys.here")
     logger.addHandler(handler)
     tell(logger, logging.WARNING, words, **fields)

@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from trainer.evaluation import measures
+from trainer.probabilities import auc
 
 probabilities = st.sampled_from([0.0, 0.01, 0.1, 1 / 15, 0.3, 0.31, 0.5, 0.77, 0.9, 1.0])
 outcomes = st.lists(st.tuples(st.booleans(), probabilities), min_size=1, max_size=40)
@@ -52,7 +53,7 @@ def test_measures_of_clicks_equal_loops_at_every_prefix(made: list[tuple[bool, f
             assert found["auc"] == pytest.approx(sum(pairs) / len(pairs))
         else:
             assert found["auc"] is None
-            assert math.isnan(measures.auc(happened, said))
+            assert math.isnan(auc(happened, said))
         bound = [min(max(p, 1e-7), 1 - 1e-7) for p in said.tolist()]
         losses = [-math.log(p if one else 1 - p) for one, p in zip(happened, bound, strict=True)]
         assert found["log_loss"] == pytest.approx(sum(losses) / end)

@@ -218,9 +218,9 @@ def test_log_worth_by_hand() -> None:
 
 def test_the_class_head_begins_with_what_counting_says() -> None:
     network = build_network(_settings())
-    others = [torch.randn(2, width) for width in (DIMENSION, DIMENSION, STANDINGS, CONTEXT_WIDTH)]
-    known = torch.randn(2, network.rates.width)
-    torch.testing.assert_close(network.class_logits(*others, known), network.rates.weigh(known))
+    widths = (DIMENSION, DIMENSION, STANDINGS, CONTEXT_WIDTH, network.rates.width)
+    others = [torch.randn(2, width) for width in widths]
+    torch.testing.assert_close(network.class_logits(*others), network.rates.weigh(others[-1]))
 
 
 def test_user_rates_are_of_the_entries_and_of_the_last_of_them_what_their_audiences_did() -> None:

@@ -377,7 +377,7 @@ def test_traffic_is_what_changed_within_the_last_minute() -> None:
 
 
 NOW = 1_700_000_000_000
-WELL = {
+WELL: dict[str, Any] = {
     "now_ms": NOW,
     "served_version": 9,
     "newest_version": 9,
@@ -395,7 +395,7 @@ WELL = {
         ({"metrics": {}}, "unknown ok ok", ""),
         ({"metrics": {"hr_at_10": 0.05, "popularity_hr_at_10": 0.1}}, "problem ok ok", "recsys rollback"),
         ({"earlier_accuracy": [0.5, 0.4, 0.5]}, "warning ok ok", "fallen from 0.500 to 0.200"),
-        ({"metrics": {**WELL["metrics"], "drift_loss_detected": 1.0}}, "warning ok ok", "drift: loss"),  # type: ignore[dict-item]
+        ({"metrics": {**WELL["metrics"], "drift_loss_detected": 1.0}}, "warning ok ok", "drift: loss"),
         (
             {"metrics": {**WELL["metrics"], "under_attack": 1.0, "distrusted_accounts": 1234.0}},
             "warning ok ok",

@@ -11,10 +11,11 @@ from learning import CPU, small
 from torch import Tensor
 
 from recsys.item_table import TRANSITION_REACH, ItemTable
-from recsys.network import STANDINGS, Histories, RecommendationNetwork, build_network
+from recsys.network import Histories, RecommendationNetwork, build_network
 from recsys.scorer.items import Items
 from recsys.scorer.retrieval import GROUP, HIDDEN, MASK_FROM, STRETCH, TOGETHER, Hidden, Own, Retrieval, largest
 from recsys.settings import Settings
+from recsys.standing import STANDINGS
 
 
 def sorted_in_full(scores_BI: Tensor, keep: int) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,13 @@ SHIFT = math.log(40 / NEGATIVES)
 PLACES = [[], [3], list(range(NEGATIVES)), [0, 10, 10], [], [5], [1, 2]]
 
 
-def parts(seed: int = 1) -> list[torch.Tensor]:
+def parts(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((EXAMPLES, DIMENSION), (EXAMPLES, DIMENSION), (NEGATIVES, DIMENSION))
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+    def drawn(rows: int) -> torch.Tensor:
+        return torch.randn(rows, DIMENSION, generator=generator, dtype=torch.float64).requires_grad_()
+
+    return drawn(EXAMPLES), drawn(EXAMPLES), drawn(NEGATIVES)
 
 
 def left_out(places: list[list[int]]) -> LeftOut:
@@ -82,5 +85,5 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
     loss = sampled_softmax(states_XD, items_XD.detach(), negatives_ND.detach(), SHIFT, left_out(PLACES))
     loss.backward()
     assert states_XD.grad is not None
-    alone = [each.detach() for each in parts()]
-    assert not sampled_softmax(*alone, SHIFT, left_out(PLACES)).requires_grad
+    states_XD, items_XD, negatives_ND = (each.detach() for each in parts())
+    assert not sampled_softmax(states_XD, items_XD, negatives_ND, SHIFT, left_out(PLACES)).requires_grad

@@ -71,7 +71,7 @@ def guarded(settings: Settings, tokens_file: Path) -> Iterator[Running]:
 
 def send(running: Running, method: str, data: bytes = b"", authorization: str | None = None) -> Any:
     metadata = [("authorization", authorization)] if authorization is not None else []
-    return running.channel.unary_unary(method)(data, timeout=SECONDS, metadata=metadata)
+    return running.channel.unary_unary(method, None, None)(data, timeout=SECONDS, metadata=metadata)
 
 
 # --- TLS
@@ -190,7 +190,7 @@ def test_a_call_without_a_known_token_is_refused_and_counted(guarded: Running, a
 
 def test_two_tokens_at_once_are_refused(guarded: Running) -> None:
     metadata = [("authorization", f"Bearer {TOKENS[role]}") for role in ("recommend", "admin")]
-    call = guarded.channel.unary_unary("/recsys.v1.RecommenderService/Recommend")
+    call = guarded.channel.unary_unary("/recsys.v1.RecommenderService/Recommend", None, None)
     check_refusal(lambda: call(b"", timeout=SECONDS, metadata=metadata), CODE.UNAUTHENTICATED, "UNAUTHENTICATED")
 
 

@@ -107,7 +107,7 @@ def test_status_tells_what_is_served_and_what_is_not_learned(running: Running) -
 def test_versions_come_in_pages_newest_first(running: Running) -> None:
     stub: Any = ModelServiceStub(running.channel)
     weights = commit_versions(running, 5)
-    pages = []
+    pages: list[list[int]] = []
     token = ""
     while not pages or token:
         page = stub.ListVersions(model_pb2.ListVersionsRequest(page_size=2, page_token=token))

@@ -80,13 +80,13 @@ def running(shared_server: Running) -> Running:
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe"])
 def test_bytes_that_do_not_parse_are_the_callers_fault(running: Running, data: bytes) -> None:
-    call = running.channel.unary_unary("/recsys.v1.RecommenderService/Recommend")
+    call = running.channel.unary_unary("/recsys.v1.RecommenderService/Recommend", None, None)
     assert list(violations(lambda: call(data, timeout=SECONDS))) == ["request"]
 
 
 def test_an_unknown_method_is_unimplemented(running: Running) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        running.channel.unary_unary("/recsys.v1.RecommenderService/Guess")(b"", timeout=SECONDS)
+        running.channel.unary_unary("/recsys.v1.RecommenderService/Guess", None, None)(b"", timeout=SECONDS)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -379,7 +379,10 @@ def test_a_store_that_hangs_is_left_alone_for_five_times_as_long(settings: Setti
 
 
 def test_every_error_has_a_code_a_reason_and_a_delay_where_one_helps() -> None:
-    tree = [errors.RecsysError, *(e for e in vars(errors).values() if isinstance(e, type) and e in _below())]
+    tree: list[type[errors.RecsysError]] = [
+        errors.RecsysError,
+        *(e for e in vars(errors).values() if isinstance(e, type) and e in _below()),
+    ]
     assert set(TABLE) == set(tree)
     assert len({error.reason for error in tree}) == len(tree)
     for kind in tree:

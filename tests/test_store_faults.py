@@ -50,7 +50,7 @@ def logged(settings: Settings) -> list[str]:
 
 def log_until_refused(running: Running) -> list[str]:
     """Log feedback until the server refuses one; return the ids that it acknowledged."""
-    accepted = []
+    accepted: list[str] = []
     for number in count():
         try:
             log(running, click(feedback_id=f"{number}"))

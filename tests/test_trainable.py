@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_low_rank_pairs_are_merged_and_their_gradients_are_those_of_the_product(
     learner = learned(small_settings(trainable="lora", lora_rank=2))
     initial = {name: tensor.clone() for name, tensor in learner.network.state_dict().items()}
     go_on(learner, 0, 20)
-    low = learner.strategies._trainable
+    low: Any = learner.strategies._trainable
     for name, weight in low._maps.items():
         moved = weight.detach() - initial[name]
         assert moved.abs().max() > 1e-4

@@ -353,6 +353,7 @@ def test_scripts_change_nothing_when_staged_chunks_have_lapsed(
 class DyingConnection(redis.Connection):
     """Break after `sends` more bytes have left, or after `answers` more answers have come."""
 
+    _sock: Any
     sends: float = float("inf")
     answers: float = float("inf")
 

@@ -87,7 +87,7 @@ def system(settings: Settings) -> Iterator[System]:
         loop.close()
 
 
-def without(history: Sequence[tuple[str, str]], place: int) -> list[tuple[str, str]]:
+def without(history: Sequence[Any], place: int) -> list[Any]:
     return [*history[:place], *history[place + 1 :]]
 
 
