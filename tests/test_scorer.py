@@ -247,7 +247,7 @@ def test_processes_that_share_weights_foresee_the_next(
 
 @pytest.mark.skipif(not looked_at_roughly(CPU), reason="no AVX2 here: nothing is looked at in partitions")
 @pytest.mark.parametrize("pair", ["partitioned"], indirect=True)
-@pytest.mark.parametrize("way", ["alone", "leads", "follows", "follows, and is late"])
+@pytest.mark.parametrize("way", ["alone", "leads", "follows", "follows, and is late", "follows, and has foreseen it"])
 def test_versions_go_on_while_partitions_are_found(
     pair: list[Scorer], mirror: CatalogMirror, way: str, versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +269,16 @@ def test_versions_go_on_while_partitions_are_found(
     parting.prepare()
     assert parting._items is not None
     assert parting._items.partitions is None
+    if way == "follows, and has foreseen it":
+        # They are found, and put in place while the version waits for what was foreseen without them.
+        go_on.set()
+        assert parting._parting is not None
+        wait([parting._parting.found], SECONDS)
+        foresee = first._foresee
+        monkeypatch.setattr(first, "_foresee", lambda shared: (foresee(shared), parting.prepare()))
+        first.apply(after, delta)
+        parting.refresh()
+        assert parting._parting is None, "else they are looked for again"
     parting.leave()
     if way == "follows, and is late":
         # The version comes while what changed is moved.
@@ -282,10 +292,11 @@ def test_versions_go_on_while_partitions_are_found(
 
         monkeypatch.setattr(Items, "moved", moved)
         monkeypatch.setattr(shared_module, "READY_SECONDS", 0.0)
-    else:
+    elif first.version < after.version:
         first.apply(after, delta)
     go_on.set()
-    part(parting)
+    if parting._parting is not None:
+        part(parting)
     assert parting._items.partitions is not None
     assert parting.version == after.version
     assert parting._replica is not None

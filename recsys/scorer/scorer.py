@@ -173,6 +173,8 @@ class Scorer:
                 if (changed_R := shared.changes(parting.point)) is None:
                     return
                 items = items.moved(table, changed_R)
+            # It would bring back what lies in no partitions, or in those before.
+            self._foreseen = None
             self._install(self._record, self._status.applied_ms, items)
         tell(_log, logging.INFO, "items lie in partitions", rows=items.rows)
 
