@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from serving import Running, serve
 
-from recsys.cli import main
+from recsys.cli import import_command, main
 from recsys.feedback_log import FeedbackLog
 from recsys.settings import CLASS_PRESETS, Settings
 
@@ -232,6 +232,28 @@ def test_an_import_leaves_bad_rows_out_and_counts_nothing_twice(
         assert logged == [tuple(row.split(",")[:2]) for row in rows]
         assert main(_import(running, path)) == 0
         assert "line 1203" in capsys.readouterr().out
+
+
+def test_an_import_says_that_it_waits_and_for_whom_it_does_not(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(HEADER + "".join(f"u,i{number},1700000000,click\n" for number in range(20)))
+    monkeypatch.setattr(import_command, "FIRST_PATIENCE_SECONDS", 5.0)
+    with serve(settings.model_copy(update={"store_timeout_seconds": 0.2})) as running:
+        command = _import(running, path, "--json")
+        running.store.execute_command("CLIENT", "PAUSE", 4000, "WRITE")
+        assert main(command) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["imported"] == 20
+        said = captured.err.splitlines()
+        assert [line for line in said if line.startswith("trying again")] == ["trying again for 120 seconds"]
+        assert FeedbackLog(running.store, settings).appended() == 20
+    # Nobody has ever answered there.
+    assert main(command) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2] == "trying again for 5 seconds"
+    assert said[-1].startswith("error: UNAVAILABLE")
 
 
 def test_the_same_name_with_other_content_is_another_file(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich.console import Console
 
 from recsys.cli.client_commands import TIMEOUT_SECONDS, Server, connected
 from recsys.cli.file_columns import ClassColumn, ItemColumn, TimeColumn, UserColumn, ValueColumn, columns
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 BATCH = 500
-# A server that cannot take feedback now, such as one whose log is full, is asked again for so long.
+# A server that cannot take feedback now, such as one whose log is full, is asked again for so long; one that has not
+# answered yet, whose name may be wrong, less long.
 PATIENCE_SECONDS = 120.0
+FIRST_PATIENCE_SECONDS = 10.0
 PAUSE_SECONDS = 1.0
 # Of bad and of refused rows this many are listed for people, and in the JSON object; all are counted.
 LISTED = 20
@@ -95,9 +98,10 @@ def import_(
                 bar.advance(task)
         else:
             with connected(ctx, server) as client:
-                _check_classes(client, path, file)
-                summary.items = _send_titles(client, file)
-                for sent in _send(client, feedback, summary):
+                patiently = _Patience(bar.console)
+                _check_classes(client, path, file, patiently)
+                summary.items = _send_titles(client, file, patiently)
+                for sent in _send(client, feedback, summary, patiently):
                     bar.advance(task, sent)
     if json:
         print_json(asdict(summary) | {"dry_run": dry_run})
@@ -128,11 +132,12 @@ def _id(path: Path, line: int, feedback: Feedback) -> str:
     return blake2b(repr((*said, feedback.value)).encode(), digest_size=16).hexdigest()
 
 
-def _check_classes(client: Client, path: Path, file: FeedbackFile) -> None:
+def _check_classes(client: Client, path: Path, file: FeedbackFile, patiently: _Patience) -> None:
     from recsys.errors import InputFileError
 
     names = [c.name for c in file.classes]
-    known = list(_patiently(lambda: client.status(timeout=TIMEOUT_SECONDS)).feedback_classes)
+    status = patiently(lambda: client.status(timeout=TIMEOUT_SECONDS), FIRST_PATIENCE_SECONDS)
+    known = list(status.feedback_classes)
     if not {*names} <= {*known}:
         text = class_text(file.classes)
         raise InputFileError(
@@ -141,20 +146,22 @@ def _check_classes(client: Client, path: Path, file: FeedbackFile) -> None:
         )
 
 
-def _send_titles(client: Client, file: FeedbackFile) -> int:
+def _send_titles(client: Client, file: FeedbackFile, patiently: _Patience) -> int:
     from recsys.catalog import Item
 
     titles = (Item(i.item_id, i.title, tuple(i.categories)) for i in file.titles())
     sent = 0
     while batch := list(islice(titles, BATCH)):
-        sent += _patiently(lambda items=batch: client.upsert_items(items, timeout=TIMEOUT_SECONDS))  # type: ignore[misc]
+        sent += patiently(lambda items=batch: client.upsert_items(items, timeout=TIMEOUT_SECONDS))  # type: ignore[misc]
     return sent
 
 
-def _send(client: Client, feedback: Iterator[tuple[int, Feedback]], summary: Summary) -> Iterator[int]:
+def _send(
+    client: Client, feedback: Iterator[tuple[int, Feedback]], summary: Summary, patiently: _Patience
+) -> Iterator[int]:
     """Send batches one after the other, which keeps each user's order; yield how many rows each had."""
     while batch := list(islice(feedback, BATCH)):
-        results = _patiently(
+        results = patiently(
             lambda given=[each for _, each in batch]: client.log_feedback(given, timeout=TIMEOUT_SECONDS)  # type: ignore[misc]
         )
         for (line, _), result in zip(batch, results, strict=True):
@@ -167,20 +174,29 @@ def _send(client: Client, feedback: Iterator[tuple[int, Feedback]], summary: Sum
         yield len(batch)
 
 
-def _patiently(call: Callable[[], Result]) -> Result:
-    """Make a call that may be repeated until the server can take it, for PATIENCE_SECONDS at most."""
-    from recsys import errors
-    from recsys.client import CallFailed
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """Make calls that may be repeated until the server can take them; tells people while it cannot."""
 
-    until = clock.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return call()
-        except (errors.Overloaded, errors.StoreFull, errors.StoreUnavailable, errors.NotReady, CallFailed) as error:
-            passing = not isinstance(error, CallFailed) or error.code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
-            if not passing or clock.monotonic() >= until:
-                raise
-        clock.sleep(PAUSE_SECONDS)
+    console: Console
+
+    def __call__(self, call: Callable[[], Result], seconds: float = PATIENCE_SECONDS) -> Result:
+        """Make a call, again and again for `seconds` at most."""
+        from recsys import errors
+        from recsys.client import CallFailed
+
+        until, told = clock.monotonic() + seconds, False
+        while True:
+            try:
+                return call()
+            except (errors.Overloaded, errors.StoreFull, errors.StoreUnavailable, errors.NotReady, CallFailed) as error:
+                passing = not isinstance(error, CallFailed) or error.code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
+                if not passing or clock.monotonic() >= until:
+                    raise
+                if not told:
+                    self.console.print(f"{error}\ntrying again for {seconds:.0f} seconds", markup=False)
+                    told = True
+            clock.sleep(PAUSE_SECONDS)
 
 
 def _print(summary: Summary, *, dry_run: bool) -> None:
