@@ -20,7 +20,7 @@ from recsys.catalog import CatalogMirror
 from recsys.collector import give_back
 from recsys.errors import NotReady
 from recsys.item_table import ItemTable
-from recsys.logs import tell
+from recsys.logs import Summary, tell
 from recsys.scorer.items import Ahead, Items, looked_at_roughly, partitioned_from
 from recsys.scorer.query import Answer, Query, Status
 from recsys.scorer.retrieval import TOGETHER, Retrieval
@@ -60,6 +60,8 @@ class Scorer:
         # The partitions that are being found, which takes seconds, while versions go on.
         self._apart = Beside("recsys-partitions")
         self._parting: _Parting | None = None
+        # Where versions change much of few items that is often.
+        self._parted_summary = Summary()
         # What was computed of a version before it was put in place, with the number of what foretold it.
         self._foreseen: tuple[int, Ahead] | None = None
         self._record = VersionRecord()
@@ -176,7 +178,8 @@ class Scorer:
             # It would bring back what lies in no partitions, or in those before.
             self._foreseen = None
             self._install(self._record, self._status.applied_ms, items)
-        tell(_log, logging.INFO, "items lie in partitions", rows=items.rows)
+        if parted := self._parted_summary.add({"times": 1}):
+            tell(_log, logging.INFO, "items lie in partitions", rows=items.rows, **parted)
 
     @torch.inference_mode()
     def _part(self, replica: Replica) -> Items:
