@@ -9,6 +9,7 @@ import queue
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +252,13 @@ def test_what_comes_does_not_interrupt_a_batch_but_is_brought_at_once_otherwise(
         pytest.skip("the library's threads begin with the library")
 
     def bringing() -> set[int]:
-        names = {int(path.name): (path / "comm").read_text() for path in Path("/proc/self/task").iterdir()}
-        return {thread for thread, name in names.items() if name.startswith("grpc-native")}
+        found = set()
+        for path in Path("/proc/self/task").iterdir():
+            # It may have ended meanwhile.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if (path / "comm").read_text().startswith("grpc-native"):
+                    found.add(int(path.name))
+        return found
 
     others = bringing()
     with serve(settings) as running:

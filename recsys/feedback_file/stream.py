@@ -127,7 +127,8 @@ class FeedbackFile:
                 _, first = np.unique(chunk.digests, return_index=True)
                 fresh = np.zeros(len(chunk), np.bool_)
                 fresh[first] = True
-                fresh &= ~np.isin(chunk.digests, latest)
+                # Digests lie too far apart for a table; NumPy 2.0.0 fails when it looks whether they do.
+                fresh &= ~np.isin(chunk.digests, latest, kind="sort")
                 # Copies have the same time, so later ones can only be of rows of the latest time.
                 same = chunk.digests[chunk.times_ms == chunk.times_ms[-1]]
                 latest = np.concatenate([latest, same]) if chunk.times_ms[0] == chunk.times_ms[-1] else same
