@@ -9,7 +9,7 @@ JSON ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cuda check lint types proto clean
+.PHONY: help demo test test-cuda test-oldest check lint types proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,14 @@ demo: .venv/.installed  ## the whole loop on a simulated audience; DATA=ratings.
 test: .venv/.installed  ## every test
 	$(BIN)/recsys compile
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# uv finds them; pip cannot.
+test-oldest:  ## every test with the oldest releases that pyproject.toml allows, in .venv-oldest
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
+	.venv-oldest/bin/recsys compile
+	.venv-oldest/bin/python -m pytest -n $(JOBS)
 
 test-cuda: .venv/.installed  ## the learner's and scorer's tests on a GPU
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
@@ -52,4 +60,4 @@ proto: .venv/.installed  ## regenerate the stubs from proto/
 	rm -f recsys/store/v1/*_pb2_grpc.py
 
 clean:  ## remove the environment and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
