@@ -242,7 +242,7 @@ def test_an_import_says_that_it_waits_and_for_whom_it_does_not(
     monkeypatch.setattr(import_command, "FIRST_PATIENCE_SECONDS", 5.0)
     with serve(settings.model_copy(update={"store_timeout_seconds": 0.2})) as running:
         command = _import(running, path, "--json")
-        running.store.execute_command("CLIENT", "PAUSE", 4000, "WRITE")
+        running.store.execute_command("CLIENT", "PAUSE", 8000, "WRITE")
         assert main(command) == 0
         captured = capsys.readouterr()
         assert json.loads(captured.out)["imported"] == 20
