@@ -27,9 +27,9 @@ Result = TypeVar("Result")
 
 BATCH = 500
 # A server that cannot take feedback now, such as one whose log is full, is asked again for so long; one that has not
-# answered yet, whose name may be wrong, less long.
+# answered yet, whose name may be wrong, less long: one that was started with the import answers after some ten seconds.
 PATIENCE_SECONDS = 120.0
-FIRST_PATIENCE_SECONDS = 10.0
+FIRST_PATIENCE_SECONDS = 30.0
 PAUSE_SECONDS = 1.0
 # Of bad and of refused rows this many are listed for people, and in the JSON object; all are counted.
 LISTED = 20
