@@ -64,6 +64,7 @@ START_SECONDS = 120.0
 LOAD = 0.7
 LOADS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 IN_FLIGHT = 64
+LEAST_PRIORITY = 19
 THREADS = 8
 PUBLISH_SECONDS = 1.0
 ROWS_PER_VERSION = 1000
@@ -83,6 +84,8 @@ def publish(store_url: str, items: int, pause: float) -> None:
 
     A line on standard input is another pause.
     """
+    # It shares a core with the client, which would notice answers late while a version is made.
+    os.setpriority(os.PRIO_PROCESS, 0, LEAST_PRIORITY)
     settings = settings_for(store_url)
     draw = np.random.default_rng(2)
     learner = made_up_learner(settings, items)

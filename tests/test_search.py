@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learning import CPU
+from numba.core.codegen import get_host_cpu_features
 from numpy.typing import NDArray
 
 from recsys.item_table import PADDING_ROW, ItemTable
@@ -489,3 +493,19 @@ def test_numbers_beyond_all_bounds_end_and_harm_no_other_user(number: float, par
     others = [0, 1, 3, 4]
     assert torch.equal(found.rows_BK[others], expected.rows_BK[others])
     assert torch.equal(found.scores_BK[others], expected.scores_BK[others])
+
+
+@pytest.mark.skipif(not lanes.WIDE, reason="no AVX-512 VNNI here: the other tests are of AVX2 already")
+def test_processors_without_wide_sums_find_the_same() -> None:
+    """The same tests as they run where there is AVX2 alone."""
+    features = get_host_cpu_features().replace("+avx512vnni", "-avx512vnni")
+    same = "no_sum_goes_round or best_are_those or lost_of_a_row"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", same],
+        env={**os.environ, "NUMBA_CPU_FEATURES": features},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout

@@ -1,18 +1,20 @@
-"""Lanes: sums of products in whole numbers, of sixteen rows with one or four users at once, in AVX2.
+"""Lanes: sums of products in whole numbers, of sixteen rows with one or four users at once, in AVX2 or AVX-512 VNNI.
 
-Compilers do not find this by themselves: one instruction multiplies 32 pairs of numbers of eight bits, one of them
-without a sign, and adds them two by two into sixteen bits. So rows are raised by ZERO; what this adds to the sums
-depends on the user alone, and is what they begin with. numba compiles what is written here as LLVM's intermediate code
-into the loop that uses it.
+Compilers do not find this by themselves: one instruction multiplies numbers of eight bits, one of each pair without a
+sign, and adds the products: AVX2 32 pairs, two by two into sixteen bits, VNNI 64 pairs, four by four to what is in
+thirty-two bits already. So rows are raised by ZERO; what this adds to the sums depends on the user alone, and is what
+they begin with. numba compiles what is written here as LLVM's intermediate code into the loop that uses it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils as _cgutils
+from numba.core import codegen as _codegen
+from numba.core import config as _config
 from numba.extending import intrinsic
 
 # Rows in a block.
@@ -28,20 +30,43 @@ LINE = 64
 USERS = 4
 # Before the weights of each kind of columns stand, user after user, what the sums begin with and what they count.
 HEAD = 2
-# Largest weight: then the largest sum of two products fits sixteen bits, (255 + 255) x 64. Whether all of those that
-# are added up in one place fit is for whoever makes the weights to see to; on the way there sums may go round.
-LARGEST_WEIGHT, LARGEST_SUM = 64, 32767
 
-# numba describes this module to nobody.
+# numba describes these modules to nobody.
 cgutils: Any = _cgutils
+codegen: Any = _codegen
+config: Any = _config
+
+
+def _has(feature: str) -> bool:
+    """Tell whether numba compiles for processors with a feature; NUMBA_CPU_FEATURES can name others than this one's."""
+    features = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return f"+{feature}" in features.split(",")
+
+
+# Whether four products are added up at once, in thirty-two bits.
+WIDE = _has("avx512vnni")
+# Largest weight, and largest sum in one place; whether those that are added up there fit is for whoever makes the
+# weights to see to; on the way there sums may go round. In sixteen bits the largest sum of two products is
+# (255 + 255) x 64.
+LARGEST_WEIGHT, LARGEST_SUM = (127, 1 << 22) if WIDE else (64, 32767)
+# How often a unit the sum of one kind of columns may count, or almost twice so often, that the sums of both together
+# fit thirty-two bits: of two places for each kind, or of one.
+LARGEST_FACTOR = 127 if WIDE else 7500
+# What the numbers of columns have that are summed in a second place; nothing where there is one.
+SECOND = 0 if WIDE else 2
+
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_BYTES, _WORDS, _SUMS = (ir.VectorType(kind, 256 // kind.width) for kind in (_I8, _I16, _I32))
+_BITS = 512 if WIDE else 256
+_BYTES, _WORDS, _SUMS = (ir.VectorType(kind, _BITS // kind.width) for kind in (_I8, _I16, _I32))
+# Vectors that sixteen rows take.
+_VECTORS = ROWS // _SUMS.count
 _MULTIPLY_BYTES, _MULTIPLY_WORDS = "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"
+_MULTIPLY_AND_ADD = "llvm.x86.avx512.vpdpbusd.512"
 
 
 def available() -> bool:
-    """Tell whether this processor has the instruction."""
-    return bool(binding.get_host_cpu_features().get("avx2", False))
+    """Tell whether this processor has the instructions."""
+    return _has("avx2")
 
 
 def _constant(value: int) -> Any:
@@ -51,7 +76,7 @@ def _constant(value: int) -> Any:
 def _repeated(builder: Any, value: Any) -> Any:
     """Put one 32-bit number into every place of a vector."""
     one = builder.insert_element(ir.Constant(_SUMS, ir.Undefined), value, _constant(0))
-    return builder.shuffle_vector(one, ir.Constant(_SUMS, ir.Undefined), ir.Constant(_SUMS, [0] * (ROWS // 2)))
+    return builder.shuffle_vector(one, ir.Constant(_SUMS, ir.Undefined), ir.Constant(_SUMS, [0] * _SUMS.count))
 
 
 class _Tile:
@@ -59,60 +84,72 @@ class _Tile:
 
     def __init__(self, builder: Any, users: int) -> None:
         self._builder, self._users = builder, users
-        self._bytes, self._words = (
-            cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [kind, kind]), name)
-            for result, kind, name in ((_WORDS, _BYTES, _MULTIPLY_BYTES), (_SUMS, _WORDS, _MULTIPLY_WORDS))
-        )
-        self._sums = [[cgutils.alloca_once(builder, _SUMS) for _ in range(2)] for _ in range(users)]
-        for place in (place for halves in self._sums for place in halves):
-            builder.store(ir.Constant(_SUMS, [0] * (ROWS // 2)), place)
+        self._sums = [[cgutils.alloca_once(builder, _SUMS) for _ in range(_VECTORS)] for _ in range(users)]
+        for place in (place for places in self._sums for place in places):
+            builder.store(ir.Constant(_SUMS, [0] * _SUMS.count), place)
+
+    def _call(self, name: str, result: Any, *arguments: Any) -> Any:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self._builder.call(cgutils.get_or_insert_function(self._builder.module, kind, name), arguments)
+
+    def _added(self, before: Any, rows: Any, weights: Any) -> Any:
+        """Return sums to which the products of a quad of columns were added."""
+        builder = self._builder
+        if WIDE:
+            quads = (builder.bitcast(each, _SUMS) for each in (rows, weights))
+            return self._call(_MULTIPLY_AND_ADD, _SUMS, before, *quads)
+        return builder.add(before, self._call(_MULTIPLY_BYTES, _WORDS, rows, weights))
+
+    def _counted(self, sums: Any, factor: Any) -> Any:
+        """Return what the sums of one kind of columns count."""
+        return self._builder.mul(sums, factor) if WIDE else self._call(_MULTIPLY_WORDS, _SUMS, sums, factor)
 
     def add(self, block: Any, weights: Any, quads: Any) -> None:
         """Add the products of a block's `quads` with the users' weights, quad after quad and user after user."""
         builder, kind = self._builder, quads.type
+        sums = _SUMS if WIDE else _WORDS
 
         def word(place: Any, vector: Any) -> Any:
             """Put a word of the weights into every place of a vector."""
             return builder.bitcast(_repeated(builder, builder.load(builder.gep(weights, [place]), align=4)), vector)
 
-        places = [[cgutils.alloca_once(builder, _WORDS) for _ in range(2)] for _ in range(self._users)]
-        for user, halves in enumerate(places):
-            for place in halves:
-                builder.store(word(ir.Constant(kind, user), _WORDS), place)
+        places = [[cgutils.alloca_once(builder, sums) for _ in range(_VECTORS)] for _ in range(self._users)]
+        for user, of_user in enumerate(places):
+            for place in of_user:
+                builder.store(word(ir.Constant(kind, user), sums), place)
         with cgutils.for_range(builder, quads) as loop:
             start = builder.mul(loop.index, ir.Constant(kind, QUAD_BYTES))
             rows = [
                 builder.load(
                     builder.bitcast(
-                        builder.gep(block, [builder.add(start, ir.Constant(kind, half))]), _BYTES.as_pointer()
+                        builder.gep(block, [builder.add(start, ir.Constant(kind, first))]), _BYTES.as_pointer()
                     ),
                     align=1,
                 )
-                for half in (0, QUAD_BYTES // 2)
+                for first in range(0, QUAD_BYTES, _BYTES.count)
             ]
             first = builder.mul(builder.add(loop.index, ir.Constant(kind, HEAD)), ir.Constant(kind, self._users))
-            for user, halves in enumerate(places):
+            for user, of_user in enumerate(places):
                 weight = word(builder.add(first, ir.Constant(kind, user)), _BYTES)
-                for half, place in zip(rows, halves, strict=True):
-                    builder.store(builder.add(builder.load(place), builder.call(self._bytes, [half, weight])), place)
-        for user, (halves, sums) in enumerate(zip(places, self._sums, strict=True)):
-            factor = word(ir.Constant(kind, self._users + user), _WORDS)
-            for place, total in zip(halves, sums, strict=True):
-                whole = builder.call(self._words, [builder.load(place), factor])
-                builder.store(builder.add(builder.load(total), whole), total)
+                for some, place in zip(rows, of_user, strict=True):
+                    builder.store(self._added(builder.load(place), some, weight), place)
+        for user, (of_user, totals) in enumerate(zip(places, self._sums, strict=True)):
+            factor = word(ir.Constant(kind, self._users + user), sums)
+            for place, total in zip(of_user, totals, strict=True):
+                builder.store(builder.add(builder.load(total), self._counted(builder.load(place), factor)), total)
 
     def finish(self, limits: Any, out: Any) -> Any:
         """Store the sums and return a bit for each that is above its user's limit."""
         builder = self._builder
         mask = ir.Constant(_I64, 0)
-        for user, halves in enumerate(self._sums):
+        for user, totals in enumerate(self._sums):
             limit = _repeated(builder, builder.load(builder.gep(limits, [_constant(user)]), align=4))
-            for half, place in enumerate(halves):
-                first = ROWS * user + ROWS // 2 * half
+            for number, place in enumerate(totals):
+                first = ROWS * user + _SUMS.count * number
                 total = builder.load(place)
                 target = builder.bitcast(builder.gep(out, [_constant(first)]), _SUMS.as_pointer())
                 builder.store(total, target, align=4)
-                bits = builder.bitcast(builder.icmp_signed(">", total, limit), _I8)
+                bits = builder.bitcast(builder.icmp_signed(">", total, limit), ir.IntType(_SUMS.count))
                 mask = builder.or_(mask, builder.shl(builder.zext(bits, _I64), ir.Constant(_I64, first)))
         return mask
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from recsys.compiled import compiled_apart
 from recsys.item_table import CHOSEN_PRIOR, nearness
 from recsys.network import LIFTS, TRANSITION_FLOOR
-from recsys.scorer.lanes import trailing_zeros
+from recsys.scorer.lanes import prefetch, trailing_zeros
 from recsys.scorer.retrieval import Own
 
 Floats = NDArray[np.float32]
@@ -26,6 +26,8 @@ Longs = NDArray[np.int64]
 BUCKETS, LEAST_IN_BUCKET = 4096, 4
 # Buckets that a whole number of 64 bits tells the use of, as a power of two.
 WORD = 6
+# Items of a history before one is looked at that what follows it is fetched.
+AHEAD = 2
 PRIOR = np.float32(CHOSEN_PRIOR)
 # Above any row.
 END = 2**31 - 1
@@ -119,6 +121,9 @@ def _mark(
             hidden_N[count - 1], because_N[count - 1], sums_N3[count - 1] = True, 0, 0.0
         for place in range(reach):
             source = history_BK[user, place]
+            ahead = history_BK[user, min(place + AHEAD, reach - 1)]
+            prefetch(successor_IM, ahead)
+            prefetch(weight_IM, ahead)
             for slot in range(successors if source else 0):
                 row, weight = successor_IM[source, slot], weight_IM[source, slot]
                 if not row or not weight:

@@ -11,10 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from recsys.compiled import compiled_apart
-from recsys.scorer.lanes import HEAD, LARGEST_SUM, LARGEST_WEIGHT, QUAD, QUAD_BYTES, ROWS, ZERO
+from recsys.scorer.lanes import (
+    HEAD,
+    LARGEST_FACTOR,
+    LARGEST_SUM,
+    LARGEST_WEIGHT,
+    QUAD,
+    QUAD_BYTES,
+    ROWS,
+    SECOND,
+    WIDE,
+    ZERO,
+)
 from recsys.scorer.places import Places
 
 LARGEST = 127
@@ -24,9 +36,6 @@ HEADROOM = 1.05
 WORSE = 1.5
 # Of a column whose numbers are all alike.
 LEAST_RANGE = np.float32(1e-30)
-# What a whole number of a user's weights counts, of vectors or of standings, in the finer of both units: twice as much
-# still lets the sums of both fit 32 bits.
-LARGEST_FACTOR = 7500
 # What rounding may do to a score, of the product of the lengths of row and weights.
 ROUNDING = 2e-5
 
@@ -62,7 +71,8 @@ class Rough:
         scale_D: Floats = np.maximum((high_D - low_D) / 2, LEAST_RANGE) * np.float32(HEADROOM / LARGEST)
         count, width = rows_ID.shape
         blocks = places.blocks if places else -(-max(count, capacity) // ROWS)
-        blocks_GP = np.zeros((blocks, -(-width // QUAD) * QUAD_BYTES), np.uint8)
+        # torch's memory begins where a line of the cache does: elsewhere every quad would lie in two of them.
+        blocks_GP = torch.zeros((blocks, -(-width // QUAD) * QUAD_BYTES), dtype=torch.uint8).numpy()
         found = cls(blocks_GP, centre_D, scale_D, 0.0, 0.0, 0.0, np.inf)
         found.write(rows_ID, np.arange(count), places)
         found.allowed = WORSE * found.lost
@@ -127,7 +137,7 @@ def _write(
             nearest = min(max(nearest, np.float32(-LARGEST)), np.float32(LARGEST))
             whole = np.int64(nearest)
             blocks_GP[block, column // QUAD * QUAD_BYTES + QUAD * lane + column % QUAD] = np.uint8(whole + ZERO)
-            if column & 2:
+            if column & SECOND:
                 second += whole * whole
             else:
                 first += whole * whole
@@ -146,7 +156,7 @@ def _coarse(scaled_V: NDArray[np.float64], first: int, last: int, widest: float)
     for column in range(first, last):
         square = scaled_V[column] * scaled_V[column]
         largest = max(largest, square)
-        if (column - first) & 2:
+        if (column - first) & SECOND:
             odd += square
         else:
             even += square
@@ -173,7 +183,7 @@ def _write_weights(
         for column in range(last - first):
             whole = np.int64(np.rint(scaled_V[first + column] / step))
             lost = scaled_V[first + column] - whole * step
-            if column & 2:
+            if column & SECOND:
                 odd, odd_squares, odd_lost = odd + whole, odd_squares + whole * whole, odd_lost + lost * lost
             else:
                 even, even_squares, even_lost = even + whole, even_squares + whole * whole, even_lost + lost * lost
@@ -184,8 +194,12 @@ def _write_weights(
         if np.sqrt(float(max(even_squares, odd_squares))) * widest <= LARGEST_SUM:
             break
         factor += factor // 16 + 1
-    words_WU[start, user] = np.uint32((-ZERO * even & 0xFFFF) | (-ZERO * odd & 0xFFFF) << 16)
-    words_WU[start + 1, user] = np.uint32(factor | factor << 16)
+    if WIDE:
+        words_WU[start, user] = np.uint32(-ZERO * even & 0xFFFFFFFF)
+        words_WU[start + 1, user] = np.uint32(factor)
+    else:
+        words_WU[start, user] = np.uint32((-ZERO * even & 0xFFFF) | (-ZERO * odd & 0xFFFF) << 16)
+        words_WU[start + 1, user] = np.uint32(factor | factor << 16)
     return float((np.sqrt(even_lost) + np.sqrt(odd_lost)) * widest)
 
 
