@@ -5,7 +5,8 @@ and a new version of the weights every second. The peers: `noop` answers bytes t
 and bounds what any server can do; `straightforward` is what one writes in an afternoon: grpcio with threads, one read
 of the history, one forward pass of the same network, one product with all items, torch.topk. `triton` is the same
 behind NVIDIA's Triton, in batches that it forms, with histories that come with the request; it needs `--triton`, an
-interpreter that has nvidia-pytriton. `--retrieval` compares retrieval alone with FAISS, where faiss-cpu is installed.
+interpreter that has nvidia-pytriton (of a Python that is not the system's, name its lib in LD_LIBRARY_PATH).
+`--retrieval` compares retrieval alone with FAISS, where faiss-cpu is installed.
 
 Requests a second are those of a closed loop with many calls in flight; times are those of an open loop at 70% of that
 rate, from the moment a call was due; `alone_p50_seconds` is one call at a time. The measurements are taken in turn,
@@ -26,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import numpy as np
@@ -41,6 +43,7 @@ import torch
 import triton_peer
 from made_up import changed, made_up_learner, made_up_lineage
 from raw_calls import free_ports, measure, processor_seconds
+from torch.nn import functional
 
 from recsys import Client, Feedback
 from recsys.encoding import encode_histories, row_history, to_histories
@@ -48,6 +51,7 @@ from recsys.errors import RecsysError
 from recsys.feedback_log import FeedbackLog
 from recsys.histories import Histories
 from recsys.network import Histories as network_histories
+from recsys.network import _Dense, _Looked, _mix, _Positions
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
 from recsys.store.embedded import EmbeddedStore
@@ -268,9 +272,20 @@ def to_torchscript(store_url: str, path: Path) -> list[bytes]:
     for user in range(USERS):
         taken = int(draw.integers(HISTORY[0], HISTORY[1] + 1))
         histories[user, :, -taken:] = draw.integers(1, [[len(vectors_ID)], [3], [30]], (3, taken))
-    with torch.no_grad():
+    # A trace can hold tensors alone, no loop of ours.
+    with torch.no_grad(), mock.patch("recsys.last_place.mix", by_tensors):
         torch.jit.trace(Whole(), torch.from_numpy(histories[:2])).save(str(path))
     return [infer_request(each) for each in histories]
+
+
+def by_tensors(
+    q_BHD: torch.Tensor, tables: Sequence[torch.Tensor], places: Sequence[torch.Tensor], filled_BL: torch.Tensor
+) -> torch.Tensor:
+    """Do what last_place.mix does."""
+    (vectors_UD, position_LD, class_ND, gap_ND), (index_BL, classes_BL, gaps_BL) = tables, places
+    vectors = _Dense(functional.embedding(index_BL, vectors_UD))
+    looked = _Looked(class_ND, classes_BL), _Looked(gap_ND, gaps_BL)
+    return _mix(q_BHD, [vectors, _Positions(position_LD), *looked], filled_BL)
 
 
 def infer_request(history_3L: np.ndarray) -> bytes:
