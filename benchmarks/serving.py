@@ -12,7 +12,9 @@ Requests a second are those of a closed loop with many calls in flight; times ar
 rate, from the moment a call was due; `alone_p50_seconds` is one call at a time. The measurements are taken in turn,
 several rounds, and medians are given. Servers, store, publisher and client are processes of their own; with two cores
 or more the measured server has the last one to itself. `--plot` draws times against load. `--ripple` measures ours
-alone: without new versions, with one and with ten a second, in turn; and Score of 500 candidates, one call at a time.
+alone: without new versions, with one and with ten a second, in turn; the same with versions of another model in the
+same store, which the server does not follow, so that all they change is what store, publisher and client do to the
+times; and Score of 500 candidates, one call at a time.
 Prints one JSON object.
 """
 
@@ -72,25 +74,28 @@ LEAST_PRIORITY = 19
 THREADS = 8
 PUBLISH_SECONDS = 1.0
 ROWS_PER_VERSION = 1000
-# Versions a second that are compared with none, the rate of requests, and how many candidates are scored.
-VERSIONS = (0, 1, 10)
+# Whose versions, and how many a second; the keys of the model that the server does not follow begin with its name.
+FOLLOWED, ELSEWHERE = "followed", "elsewhere"
+KINDS = ((FOLLOWED, 0), (FOLLOWED, 1), (FOLLOWED, 10), (ELSEWHERE, 1), (ELSEWHERE, 10))
+NEVER = 3600.0
+# Of the highest rate; and beside which of these how many candidates are scored.
 RIPPLE_LOAD = 0.5
+BESIDE_SCORE = KINDS[2]
 CANDIDATES = 500
 
 
-def settings_for(store_url: str) -> Settings:
+def settings_for(store_url: str, **others: Any) -> Settings:
     """Return the settings that every part uses."""
-    return load({"redis_url": store_url, "replay_capacity": USERS * HISTORY[1]}, environment={})
+    return load({"redis_url": store_url, "replay_capacity": USERS * HISTORY[1], **others}, environment={})
 
 
-def publish(store_url: str, items: int, pause: float) -> None:
+def publish(settings: Settings, items: int, pause: float) -> None:
     """Write the first version and the histories, say so, and then commit a version every `pause` seconds until ended.
 
     A line on standard input is another pause.
     """
     # It shares a core with the client, which would notice answers late while a version is made.
     os.setpriority(os.PRIO_PROCESS, 0, LEAST_PRIORITY)
-    settings = settings_for(store_url)
     draw = np.random.default_rng(2)
     learner = made_up_learner(settings, items)
     with connect(settings) as connection:
@@ -105,7 +110,7 @@ def publish(store_url: str, items: int, pause: float) -> None:
         print("ready", flush=True)
         for version in range(1, sys.maxsize):
             while select.select([sys.stdin], [], [], pause)[0]:
-                pause = float(sys.stdin.readline())
+                pause = float(os.read(sys.stdin.fileno(), 1 << 12).split()[-1])
             served, own = changed(learner, min(ROWS_PER_VERSION, items // 2), version)
             store.commit(epoch, version, encode(served), encode(own), made_up_lineage(settings, version + 1))
 
@@ -369,10 +374,13 @@ def ripple(items: int, seconds: float, rounds: int) -> dict[str, Any]:
     server_cores = {cores[-1]} if len(cores) > 1 else None
     if server_cores:
         os.sched_setaffinity(0, cores[:-1])
-    told, tell = os.pipe()
     with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store, ExitStack() as stack:
         publisher = (str(Path(__file__).resolve()), "--publish", store.url, "--items", str(items))
-        stack.enter_context(part(*publisher, wait=True, stdin=told))
+        pauses = {}
+        for name, others in ((FOLLOWED, ()), (ELSEWHERE, ("--elsewhere",))):
+            told, pauses[name] = os.pipe()
+            stack.enter_context(part(*publisher, *others, wait=True, stdin=told))
+            os.write(pauses[name], f"{NEVER}\n".encode())
         server = start(stack, store.url, directory, None, server_cores)["recsys"]
         draw = np.random.default_rng(3)
         wanted = [
@@ -384,21 +392,27 @@ def ripple(items: int, seconds: float, rounds: int) -> dict[str, Any]:
         ]
         scoring = replace(server, path=SCORE_PATH, requests=wanted)
         closed = server.ask(seconds, in_flight=IN_FLIGHT)["requests_per_second"]
-        found: dict[int, list[dict[str, Any]]] = {versions: [] for versions in VERSIONS}
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {kind: [] for kind in KINDS}
         scored = []
         for _ in range(rounds):
-            for versions in VERSIONS:
-                os.write(tell, f"{1 / versions if versions else START_SECONDS * 100}\n".encode())
+            for name, versions in KINDS:
+                os.write(pauses[name], f"{1 / versions if versions else NEVER}\n".encode())
                 time.sleep(PUBLISH_SECONDS)
-                found[versions].append(server.ask(seconds, rate=RIPPLE_LOAD * closed))
-            scored.append(scoring.ask(seconds, in_flight=1))
+                found[name, versions].append(server.ask(seconds, rate=RIPPLE_LOAD * closed))
+                if (name, versions) == BESIDE_SCORE:
+                    scored.append(scoring.ask(seconds, in_flight=1))
+                os.write(pauses[name], f"{NEVER}\n".encode())
     quantiles = ("p50_seconds", "p99_seconds")
     return {
         "items": items,
         "rate": RIPPLE_LOAD * closed,
-        "versions_per_second": {
-            versions: median_of([{name: each[name] for name in quantiles} for each in rounds_])
-            for versions, rounds_ in found.items()
+        **{
+            f"{name}_versions_per_second": {
+                versions: median_of([{quantile: each[quantile] for quantile in quantiles} for each in rounds_])
+                for (kind, versions), rounds_ in found.items()
+                if kind == name
+            }
+            for name in pauses
         },
         f"score_{CANDIDATES}": median_of([{name: each[name] for name in quantiles} for each in scored]),
         "load_average": round(os.getloadavg()[0], 1),
@@ -436,9 +450,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     for name in ("--publish", "--straightforward", "--noop"):
         parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--elsewhere", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     roles: dict[str, Callable[[], None]] = {
-        "publish": lambda: publish(arguments.publish, arguments.items, PUBLISH_SECONDS),
+        "publish": lambda: publish(
+            settings_for(arguments.publish, **({"key_prefix": ELSEWHERE} if arguments.elsewhere else {})),
+            *(arguments.items, PUBLISH_SECONDS),
+        ),
         "straightforward": lambda: serve_straightforward(arguments.straightforward, arguments.port),
         "noop": lambda: serve_noop(bytes.fromhex(arguments.noop), arguments.port),
     }
