@@ -29,14 +29,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import grpc
 import numpy as np
@@ -45,7 +44,6 @@ import torch
 import triton_peer
 from made_up import changed, made_up_learner, made_up_lineage
 from raw_calls import free_ports, measure, processor_seconds
-from torch.nn import functional
 
 from recsys import Client, Feedback
 from recsys.encoding import encode_histories, row_history, to_histories
@@ -53,7 +51,6 @@ from recsys.errors import RecsysError
 from recsys.feedback_log import FeedbackLog
 from recsys.histories import Histories
 from recsys.network import Histories as network_histories
-from recsys.network import _Dense, _Looked, _mix, _Positions
 from recsys.settings import Settings, load
 from recsys.store.connection import connect
 from recsys.store.embedded import EmbeddedStore
@@ -113,6 +110,14 @@ def publish(settings: Settings, items: int, pause: float) -> None:
                 pause = float(os.read(sys.stdin.fileno(), 1 << 12).split()[-1])
             served, own = changed(learner, min(ROWS_PER_VERSION, items // 2), version)
             store.commit(epoch, version, encode(served), encode(own), made_up_lineage(settings, version + 1))
+
+
+def committed(settings: Settings) -> int:
+    """Return the last version that was committed."""
+    with connect(settings) as connection:
+        head = WeightStore(connection, settings).head()
+    assert head
+    return head.version
 
 
 class Straightforward(recommender_pb2_grpc.RecommenderServiceServicer):
@@ -277,20 +282,9 @@ def to_torchscript(store_url: str, path: Path) -> list[bytes]:
     for user in range(USERS):
         taken = int(draw.integers(HISTORY[0], HISTORY[1] + 1))
         histories[user, :, -taken:] = draw.integers(1, [[len(vectors_ID)], [3], [30]], (3, taken))
-    # A trace can hold tensors alone, no loop of ours.
-    with torch.no_grad(), mock.patch("recsys.last_place.mix", by_tensors):
+    with torch.no_grad():
         torch.jit.trace(Whole(), torch.from_numpy(histories[:2])).save(str(path))
     return [infer_request(each) for each in histories]
-
-
-def by_tensors(
-    q_BHD: torch.Tensor, tables: Sequence[torch.Tensor], places: Sequence[torch.Tensor], filled_BL: torch.Tensor
-) -> torch.Tensor:
-    """Do what last_place.mix does."""
-    (vectors_UD, position_LD, class_ND, gap_ND), (index_BL, classes_BL, gaps_BL) = tables, places
-    vectors = _Dense(functional.embedding(index_BL, vectors_UD))
-    looked = _Looked(class_ND, classes_BL), _Looked(gap_ND, gaps_BL)
-    return _mix(q_BHD, [vectors, _Positions(position_LD), *looked], filled_BL)
 
 
 def infer_request(history_3L: np.ndarray) -> bytes:
@@ -348,9 +342,11 @@ def whole(items: int, seconds: float, rounds: int, plot: str | None, triton: str
         stack.enter_context(part(*publisher, wait=True, stdin=subprocess.PIPE))
         servers = start(stack, store.url, directory, triton, server_cores)
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+        before, began = committed(settings_for(store.url)), time.monotonic()
         for _ in range(rounds):
             for name, server in servers.items():
                 found[name].append(round_of(server, seconds))
+        versions = (committed(settings_for(store.url)) - before) / (time.monotonic() - began)
         results = [{"name": name, **median_of(each)} for name, each in found.items()]
         rates = {str(result["name"]): float(result["requests_per_second"]) for result in results}
         if plot:
@@ -360,6 +356,7 @@ def whole(items: int, seconds: float, rounds: int, plot: str | None, triton: str
         "in_flight": IN_FLIGHT,
         "seconds": seconds,
         "rounds": rounds,
+        "versions_per_second": round(versions, 2),
         "cores": len(cores),
         "load_average": round(os.getloadavg()[0], 1),
         "results": results,
@@ -377,6 +374,7 @@ def ripple(items: int, seconds: float, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory, EmbeddedStore(Path(directory)) as store, ExitStack() as stack:
         publisher = (str(Path(__file__).resolve()), "--publish", store.url, "--items", str(items))
         pauses = {}
+        whose = {FOLLOWED: settings_for(store.url), ELSEWHERE: settings_for(store.url, key_prefix=ELSEWHERE)}
         for name, others in ((FOLLOWED, ()), (ELSEWHERE, ("--elsewhere",))):
             told, pauses[name] = os.pipe()
             stack.enter_context(part(*publisher, *others, wait=True, stdin=told))
@@ -398,17 +396,21 @@ def ripple(items: int, seconds: float, rounds: int) -> dict[str, Any]:
             for name, versions in KINDS:
                 os.write(pauses[name], f"{1 / versions if versions else NEVER}\n".encode())
                 time.sleep(PUBLISH_SECONDS)
-                found[name, versions].append(server.ask(seconds, rate=RIPPLE_LOAD * closed))
+                before, began = committed(whose[name]), time.monotonic()
+                asked = server.ask(seconds, rate=RIPPLE_LOAD * closed)
+                came = (committed(whose[name]) - before) / (time.monotonic() - began)
+                found[name, versions].append(asked | {"committed_per_second": came})
                 if (name, versions) == BESIDE_SCORE:
                     scored.append(scoring.ask(seconds, in_flight=1))
                 os.write(pauses[name], f"{NEVER}\n".encode())
     quantiles = ("p50_seconds", "p99_seconds")
+    figures = (*quantiles, "committed_per_second")
     return {
         "items": items,
         "rate": RIPPLE_LOAD * closed,
         **{
             f"{name}_versions_per_second": {
-                versions: median_of([{quantile: each[quantile] for quantile in quantiles} for each in rounds_])
+                versions: median_of([{figure: each[figure] for figure in figures} for each in rounds_])
                 for (kind, versions), rounds_ in found.items()
                 if kind == name
             }

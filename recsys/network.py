@@ -270,7 +270,8 @@ class RecommendationNetwork(nn.Module):
             + self.gap(histories.gaps_BL[:, -1])
         )
         blocks = cast("list[_Block]", list(self.blocks))
-        if len(blocks) == 1 and vectors_UD.device.type == "cpu":
+        # A trace, which others run, can hold tensors alone.
+        if len(blocks) == 1 and vectors_UD.device.type == "cpu" and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             tables = vectors_UD, position_LD, self.entry_class.weight, self.gap.weight
             places = index_BL, histories.classes_BL, histories.gaps_BL
             return blocks[0].last(last_BD, lambda q_BHD: last_place.mix(q_BHD, tables, places, filled_BL))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -116,6 +117,30 @@ def test_the_last_place_alone_equals_every_place(blocks: int) -> None:
     for block in network.blocks:
         x = block(x, visible)
     torch.testing.assert_close(_states(network, histories, table), x[:, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_saved_trace_gives_the_same_states_of_other_histories(blocks: int) -> None:
+    network, table = _network(blocks), _vectors()
+
+    class Traced(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, rows: torch.Tensor, classes: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
+            return self.network.states(table, rows, Histories(rows, classes, gaps))
+
+    def given(histories: Histories) -> tuple[torch.Tensor, ...]:
+        return histories.rows_BL, histories.classes_BL, histories.gaps_BL
+
+    with torch.no_grad():
+        saved = io.BytesIO()
+        torch.jit.save(torch.jit.trace(Traced(), given(_histories([1, LENGTH]))), saved)
+        traced = torch.jit.load(io.BytesIO(saved.getvalue()))
+        others = _histories([2, 3, 4, LENGTH])
+        torch.testing.assert_close(traced(*given(others)), _states(network, others, table), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
